@@ -1,0 +1,299 @@
+"""Pictures and tensors: files in and out, Pillow's bicubic, 8-bit rounding.
+
+Tensors are float32 [C, H, W] (or [B, C, H, W]) in [-1, 1]. A `Photo` is a picture taken apart into what the network
+sees (gray or RGB, 8 or 16 bits) and what is put back afterwards (alpha, ICC profile).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 2**27
+"""Pictures with more pixels than this (11585 x 11585) are refused, before they are decoded or made."""
+
+_GRAY_16 = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used. The message is one line, names the file, and says what to do."""
+
+
+# Files
+
+
+def read(path: str | Path) -> Image.Image:
+    """The picture in a file, decoded in full, turned as its EXIF orientation says; of an animation, the first frame.
+
+    Raises ImageError for what is not an image, is empty, is cut short, or has more than MAX_PIXELS pixels (nothing is
+    decoded then), and OSError where the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        if not file.read(1):
+            raise ImageError(f"{path}: the file is empty (0 bytes): remove it or copy it again")
+        file.seek(0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size is stricter
+                picture = Image.open(file)
+        except Image.DecompressionBombError as error:
+            raise ImageError(f"{path}: {error} Cut it into parts first") from error
+        except UnidentifiedImageError as error:
+            raise ImageError(
+                f"{path}: not an image that Pillow can read: convert it to PNG or JPEG"
+            ) from error
+        except _BROKEN as error:
+            raise ImageError(
+                f"{path}: a broken image ({_line(error)}): copy it again or convert it"
+            ) from error
+        check_size(picture.size, str(path))
+        try:
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+        except _BROKEN as error:
+            raise ImageError(f"{path}: cut short or broken ({_line(error)}): copy it again") from error
+
+
+def check_size(size: tuple[int, int], name: str) -> None:
+    """Raise ImageError where a picture of (width, height) has more than MAX_PIXELS pixels."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name}: {width} x {height} is {width * height / 1e6:.0f} million pixels, at most "
+            f"{MAX_PIXELS / 1e6:.0f} million are taken: cut it into parts first"
+        )
+
+
+def check_format(path: str | Path, mode: str) -> None:
+    """Raise ImageError where the file format that the suffix of `path` names cannot hold Pillow's `mode`."""
+    name = _format(path)
+    try:
+        Image.new(mode, (1, 1)).save(io.BytesIO(), format=name)
+    except (OSError, KeyError, ValueError) as error:
+        raise ImageError(f"{path}: {name} cannot hold a picture of mode {mode}: save it as .png") from error
+
+
+def write(picture: Image.Image, path: str | Path, **options: object) -> None:
+    """Save a picture under a temporary name and rename it: a file of that name is whole, or is not there.
+
+    `options` are those of Image.save; the ICC profile in `picture.info` is kept. Raises ImageError for a suffix that
+    names no format, OSError where it cannot be written.
+    """
+    name = _format(path)
+    if picture.info.get("icc_profile"):
+        options.setdefault("icc_profile", picture.info["icc_profile"])
+    with atomic(path) as temporary:
+        picture.save(temporary, format=name, **options)
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name in the same folder; rename it to `path` at the end, remove it on any failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno, "no space left on the disk: free some or write elsewhere", str(path)
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _format(path: str | Path) -> str:
+    suffix = Path(path).suffix.lower()
+    name = Image.registered_extensions().get(suffix)
+    if name is None or name not in Image.SAVE:
+        raise ImageError(f"{path}: {suffix or 'no suffix'} names no image format to write: use .png")
+    return name
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Pictures taken apart
+
+
+@dataclass(frozen=True)
+class Photo:
+    """What the network sees of a picture, and what is put back.
+
+    color: Pillow image of mode L (gray), RGB, or F (gray, 0 .. 65535, from 16 bits)
+    alpha: mode L, or None
+    icc: the ICC profile's bytes, or None
+    """
+
+    color: Image.Image
+    alpha: Image.Image | None = None
+    icc: bytes | None = None
+
+    @classmethod
+    def of(cls, picture: Image.Image) -> Photo:
+        """Take apart a picture of any of Pillow's modes.
+
+        Palettes become RGB; CMYK and LAB become sRGB (through the picture's own profile where it has one, which is then
+        spent). Raises ImageError for mode F, whose range is not known.
+        """
+        icc = picture.info.get("icc_profile")
+        mode = picture.mode
+        if mode in _GRAY_16:
+            values = np.asarray(picture).astype(np.float32)
+            if values.size and not 0 <= values.min() <= values.max() <= 65535:
+                raise ImageError(
+                    f"a picture of mode {mode} must hold 0 .. 65535: got {values.min():.0f} .. {values.max():.0f}"
+                )
+            return cls(Image.fromarray(values), None, icc)
+        if mode == "F":
+            raise ImageError("a picture of mode F has no fixed range: scale it to 8 or 16 bits first")
+        if mode in ("CMYK", "LAB"):
+            return cls(_srgb(picture, icc))
+        if mode in ("1", "L", "LA", "La"):
+            alpha = _alpha(picture, "LA")
+            return cls(picture.convert("L"), alpha, icc)
+        alpha = _alpha(picture, "RGBA")
+        return cls(picture.convert("RGB"), alpha, icc)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)"""
+        return self.color.size
+
+    @property
+    def mode(self) -> str:
+        """Pillow's mode of the whole picture: L, LA, RGB, RGBA or I;16."""
+        return "I;16" if self.color.mode == "F" else self.color.mode + ("A" if self.alpha else "")
+
+    @property
+    def levels(self) -> int:
+        """The largest value: 255, or 65535."""
+        return 65535 if self.color.mode == "F" else 255
+
+    def resized(self, size: tuple[int, int]) -> Photo:
+        """The same at (width, height), by Pillow's bicubic: in 8 bits, or in float for 16 bits."""
+        alpha = self.alpha and bicubic(self.alpha, size)
+        return replace(self, color=bicubic(self.color, size), alpha=alpha)
+
+    def tensor(self, channels: int | None = None) -> torch.Tensor:
+        """Float32 [C, H, W] in [-1, 1]; `channels` asks for 1, or for 3 (gray is repeated)."""
+        values = to_tensor(self.color, self.levels)
+        if channels in (None, values.shape[0]):
+            return values
+        if channels == 3 and values.shape[0] == 1:
+            return values.expand(3, -1, -1).contiguous()
+        raise ImageError(
+            f"a network of {channels} channels cannot take a picture of {values.shape[0]}"
+            + (": convert it to gray first" if channels == 1 else ": call Sampler with a tensor of your own")
+        )
+
+    def with_color(self, values: torch.Tensor) -> Image.Image:
+        """The whole picture with these colours, [C, H, W] in [-1, 1]; the channels of a gray one are averaged."""
+        if self.color.mode != "RGB":
+            values = values.mean(0, keepdim=True)
+        picture = to_picture(values, self.levels)
+        if self.alpha:
+            picture.putalpha(self.alpha)
+        if self.icc:
+            picture.info["icc_profile"] = self.icc
+        return picture
+
+
+def _alpha(picture: Image.Image, mode: str) -> Image.Image | None:
+    if picture.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in picture.info:
+        return None
+    if picture.mode == "PA":
+        return picture.getchannel("A")
+    if picture.mode == "1":
+        picture = picture.convert("L")
+    return picture.convert(mode).getchannel("A")
+
+
+def _srgb(picture: Image.Image, icc: bytes | None) -> Image.Image:
+    try:
+        if picture.mode == "LAB":
+            source = ImageCms.createProfile("LAB")
+        elif icc:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        else:
+            return picture.convert("RGB")
+        converted = ImageCms.profileToProfile(
+            picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise ImageError(
+            f"its colours cannot be converted to RGB ({_line(error)}): convert it first"
+        ) from error
+    assert converted is not None  # None only where inPlace=True
+    converted.info.pop("icc_profile", None)
+    return converted
+
+
+# Pictures as tensors
+
+
+def to_tensor(picture: Image.Image, levels: int = 255) -> torch.Tensor:
+    """Float32 [C, H, W] in [-1, 1]: value / levels * 2 - 1, of a picture of mode L, RGB, RGBA or F."""
+    values = np.array(picture, dtype=np.float32)
+    values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(values)).div_(levels).mul_(2).sub_(1)
+
+
+def quantize(values: torch.Tensor, levels: int = 255) -> torch.Tensor:
+    """The integers that [-1, 1] is stored as, in float: clamp, (v + 1) / 2 * levels, round half to even."""
+    return ((values.float().clamp(-1, 1) + 1) / 2 * levels).round_()
+
+
+def to_picture(values: torch.Tensor, levels: int = 255) -> Image.Image:
+    """Pillow's image of [C, H, W] in [-1, 1], C = 1 (mode L, or I;16 where levels is 65535) or 3 (RGB)."""
+    if values.ndim != 3 or values.shape[0] not in (1, 3):
+        raise ValueError(f"a picture is [1, H, W] or [3, H, W]: got {list(values.shape)}")
+    dtype = np.uint8 if levels == 255 else np.uint16
+    array = quantize(values.detach(), levels).cpu().numpy().astype(dtype)
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def bicubic(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Pillow's BICUBIC (antialiased where it shrinks) to (width, height)."""
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The same filter on [B, C, H, W] or [C, H, W] to (height, width), differentiable, without 8-bit rounding or clamp.
+
+    Equivalent to: F.interpolate(values, size, mode="bicubic", antialias=True, align_corners=False)
+    """
+    batch = values if values.ndim == 4 else values[None]
+    out = F.interpolate(batch, size, mode="bicubic", antialias=True, align_corners=False)
+    return out if values.ndim == 4 else out[0]
+
+
+def reflect_pad(values: torch.Tensor, multiple: int) -> torch.Tensor:
+    """[..., H, W] made longer at the bottom and right to multiples of `multiple`, by reflection about the last pixel.
+
+    Sides of at least 2 pixels; a short one is reflected to and fro as often as needed.
+    """
+    for dim in (-2, -1):
+        length = values.shape[dim]
+        if length % multiple:
+            period = 2 * (length - 1)
+            place = torch.arange(-(-length // multiple) * multiple, device=values.device) % period
+            values = values.index_select(dim, torch.minimum(place, period - place))
+    return values
