@@ -1,7 +1,7 @@
 """Pictures and tensors: files in and out, Pillow's bicubic, 8-bit rounding.
 
-Tensors are float32 [C, H, W] (or [B, C, H, W]) in [-1, 1]. A `Photo` is a picture taken apart into what the network
-sees (gray or RGB, 8 or 16 bits) and what is put back afterwards (alpha, ICC profile).
+Tensors are float32 [C, H, W] (or [B, C, H, W]) in [-1, 1]. A `Photo` is a picture taken apart into what
+the network sees (gray or RGB, 8 or 16 bits) and what is put back afterwards (alpha, ICC profile).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +37,10 @@ class ImageError(ValueError):
 
 
 def read(path: str | Path) -> Image.Image:
-    """The picture in a file, decoded in full, turned as its EXIF orientation says; of an animation, the first frame.
+    """The picture in a file, decoded in full and turned as its EXIF orientation says.
 
-    Raises ImageError for what is not an image, is empty, is cut short, or has more than MAX_PIXELS pixels (nothing is
-    decoded then), and OSError where the file cannot be opened.
+    Of an animation, the first frame. Raises ImageError for what is not an image, is empty, is cut short, or
+    has more than MAX_PIXELS pixels (nothing is decoded then), and OSError where the file cannot be opened.
     """
     with open(path, "rb") as file:
         if not file.read(1):
@@ -89,8 +90,8 @@ def check_format(path: str | Path, mode: str) -> None:
 def write(picture: Image.Image, path: str | Path, **options: object) -> None:
     """Save a picture under a temporary name and rename it: a file of that name is whole, or is not there.
 
-    `options` are those of Image.save; the ICC profile in `picture.info` is kept. Raises ImageError for a suffix that
-    names no format, OSError where it cannot be written.
+    `options` are those of Image.save; the ICC profile in `picture.info` is kept. Raises ImageError for a
+    suffix that names no format, OSError where it cannot be written.
     """
     name = _format(path)
     if picture.info.get("icc_profile"):
@@ -150,17 +151,16 @@ class Photo:
     def of(cls, picture: Image.Image) -> Photo:
         """Take apart a picture of any of Pillow's modes.
 
-        Palettes become RGB; CMYK and LAB become sRGB (through the picture's own profile where it has one, which is then
-        spent). Raises ImageError for mode F, whose range is not known.
+        Palettes become RGB; CMYK and LAB become sRGB (through the picture's own profile where it has one,
+        which is then spent). Raises ImageError for mode F, whose range is not known.
         """
         icc = picture.info.get("icc_profile")
         mode = picture.mode
         if mode in _GRAY_16:
             values = np.asarray(picture).astype(np.float32)
             if values.size and not 0 <= values.min() <= values.max() <= 65535:
-                raise ImageError(
-                    f"a picture of mode {mode} must hold 0 .. 65535: got {values.min():.0f} .. {values.max():.0f}"
-                )
+                got = f"{values.min():.0f} .. {values.max():.0f}"
+                raise ImageError(f"a picture of mode {mode} must hold 0 .. 65535: got {got}")
             return cls(Image.fromarray(values), None, icc)
         if mode == "F":
             raise ImageError("a picture of mode F has no fixed range: scale it to 8 or 16 bits first")
@@ -205,7 +205,7 @@ class Photo:
         )
 
     def with_color(self, values: torch.Tensor) -> Image.Image:
-        """The whole picture with these colours, [C, H, W] in [-1, 1]; the channels of a gray one are averaged."""
+        """The whole picture with these colours, [C, H, W] in [-1, 1]; those of a gray one are averaged."""
         if self.color.mode != "RGB":
             values = values.mean(0, keepdim=True)
         picture = to_picture(values, self.levels)
@@ -229,7 +229,7 @@ def _alpha(picture: Image.Image, mode: str) -> Image.Image | None:
 def _srgb(picture: Image.Image, icc: bytes | None) -> Image.Image:
     try:
         if picture.mode == "LAB":
-            source = ImageCms.createProfile("LAB")
+            source: Any = ImageCms.createProfile("LAB")
         elif icc:
             source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         else:
@@ -276,7 +276,7 @@ def bicubic(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The same filter on [B, C, H, W] or [C, H, W] to (height, width), differentiable, without 8-bit rounding or clamp.
+    """The same filter on [B, C, H, W] or [C, H, W] to (height, width), without 8-bit rounding or clamp.
 
     Equivalent to: F.interpolate(values, size, mode="bicubic", antialias=True, align_corners=False)
     """
@@ -286,9 +286,10 @@ def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def reflect_pad(values: torch.Tensor, multiple: int) -> torch.Tensor:
-    """[..., H, W] made longer at the bottom and right to multiples of `multiple`, by reflection about the last pixel.
+    """[..., H, W] made longer at the bottom and right to multiples of `multiple`, by reflection.
 
-    Sides of at least 2 pixels; a short one is reflected to and fro as often as needed.
+    About the last pixel, which is not repeated. Sides of at least 2 pixels; a short one is reflected to and
+    fro as often as needed.
     """
     for dim in (-2, -1):
         length = values.shape[dim]

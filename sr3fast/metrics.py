@@ -20,7 +20,7 @@ def _pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def psnr(y: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """10 log10(255^2 / MSE) in decibels over all channels of the whole picture, float64 [B]; inf where equal."""
+    """10 log10(255^2 / MSE), in decibels, over the whole picture, float64 [B]; inf where equal."""
     a, b = _pair(y, truth)
     error = (quantize(a).double() - quantize(b).double()).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / error)
@@ -29,8 +29,8 @@ def psnr(y: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def ssim(y: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004), float64 [B], at most 1.
 
-    11 x 11 Gaussian window of sigma 1.5 where it lies inside the picture (so sides of at least 11), K = 0.01 and 0.03 of
-    255, population moments, mean over the channels.
+    11 x 11 Gaussian window of sigma 1.5 where it lies inside the picture (so sides of at least 11),
+    K = 0.01 and 0.03 of 255, population moments, mean over the channels.
     """
     a, b = _pair(y, truth)
     if min(a.shape[-2:]) < 11:
@@ -93,10 +93,10 @@ def spectrum(y: torch.Tensor, bins: int = 32) -> torch.Tensor:
 
 
 def spectral_distance(y: torch.Tensor, truth: torch.Tensor, bins: int = 32) -> torch.Tensor:
-    """How far the power at each frequency lies from the truth's: root mean square over the rings, in decibels, float64 [B].
+    """How far the power at each frequency lies from the truth's, in decibels, float64 [B].
 
-    10 log10((P_y + f) / (P_truth + f)), where the floor f = (2/255)^2 / 12 is the noise of 8-bit rounding. Blurred
-    pictures lose power, noisy ones gain it; PSNR rewards the first.
+    The root mean square over the rings of 10 log10((P_y + f) / (P_truth + f)); the floor f = (2/255)^2 / 12
+    is the noise of 8-bit rounding. Blurred pictures lose power, noisy ones gain it; PSNR rewards the first.
     """
     a, b = _pair(y, truth)
     rounding = (2 / 255) ** 2 / 12
