@@ -161,18 +161,18 @@ class UNet(nn.Module):
         variant: str = "sr3",
     ) -> None:
         super().__init__()
-        self._config: dict[str, Any] = dict(
-            channels=channels,
-            multipliers=tuple(multipliers),
-            blocks=blocks,
-            attention=tuple(attention),
-            groups=groups,
-            dropout=dropout,
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            variant=variant,
-        )
+        self._config: dict[str, Any] = {
+            "channels": channels,
+            "multipliers": tuple(multipliers),
+            "blocks": blocks,
+            "attention": tuple(attention),
+            "groups": groups,
+            "dropout": dropout,
+            "image_size": image_size,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "variant": variant,
+        }
         check_config(self._config)
         self.variant = variant
         self.in_channels, self.out_channels = in_channels, out_channels

@@ -1,0 +1,40 @@
+"""sr3fast: SR3 (Image Super-Resolution via Iterative Refinement, Saharia et al. 2021), fast."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# public name -> module, imported when first used: `import sr3fast` stays light
+_PUBLIC = {
+    "Sampler": "sampler",
+    "Schedule": "schedule",
+    "UNet": "unet",
+    "load": "weights",
+    "upscale": "upscale",
+}
+__all__ = [*_PUBLIC, "ops"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from . import ops
+    from .sampler import Sampler
+    from .schedule import Schedule
+    from .unet import UNet
+    from .upscale import upscale
+    from .weights import load
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+        globals()[name] = value  # over the submodule of the same name, as for `upscale`
+        return value
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

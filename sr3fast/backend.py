@@ -1,0 +1,143 @@
+"""Which implementation runs: one small table, op -> device -> homes, best first.
+
+`SR3FAST_BACKEND=torch|cpp|cuda|triton`, or `with backend.use("cpp")`, forces one home; a forced one that is
+missing or cannot do the work raises and says why. `sr3fast info` prints the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+OPS = (
+    "noise",
+    "refine",
+    "solver_step",
+    "q_sample",
+    "group_norm_silu",
+    "add_group_norm_silu",
+    "group_norm_silu_backward",
+)
+HOMES = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}  # device -> homes, best first
+MODULES = {
+    "torch": "sr3fast.reference",
+    "cpp": "sr3fast.native.cpp",
+    "cuda": "sr3fast.native.cuda",
+    "triton": "sr3fast.kernels",
+}
+
+_forced: ContextVar[str | None] = ContextVar("sr3fast_backend", default=None)
+
+
+@contextlib.contextmanager
+def use(home: str) -> Iterator[None]:
+    """Force one home ("torch", "cpp", "cuda" or "triton") for the ops called inside."""
+    _check_home(home)
+    token = _forced.set(home)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _check_home(home: str) -> str:
+    if home not in MODULES:
+        raise ValueError(f"the backend must be one of {', '.join(MODULES)}: got {home!r}")
+    return home
+
+
+@functools.cache
+def load(home: str) -> ModuleType | str:
+    """The module of a home, or the reason why it is not there."""
+    try:
+        module = importlib.import_module(MODULES[home])
+    except (ImportError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    refusal = getattr(module, "refusal", lambda: None)()
+    return refusal if refusal is not None else module
+
+
+Implementation = Callable[..., None]
+
+
+def find(op: str, device: torch.device) -> Implementation:
+    """The best implementation of `op` for tensors on `device`: f(outs, *inputs) fills the tensors of outs.
+
+    Raises:
+        RuntimeError: the forced home is missing or does not run on this device.
+    """
+    forced = _forced.get() or os.environ.get("SR3FAST_BACKEND")
+    return _find(op, device.type, forced or None)
+
+
+@functools.cache
+def _find(op: str, device: str, forced: str | None) -> Implementation:
+    if forced is not None:
+        home = _check_home(forced)
+        if not _runs_on(home, device):
+            raise RuntimeError(f"backend {home!r} was asked for, but it does not run on {device} tensors")
+        module = load(home)
+        if isinstance(module, str):
+            raise RuntimeError(f"backend {home!r} was asked for, but it is not available: {module}")
+        return _implementation(module, home, op)
+    for home in HOMES.get(device, ("torch",)):
+        module = load(home)
+        if not isinstance(module, str):
+            return _implementation(module, home, op)
+    raise AssertionError("plain torch is always there")
+
+
+def _runs_on(home: str, device: str) -> bool:
+    if home == "triton" and device == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return home == "torch" or home in HOMES.get(device, ())
+
+
+def _implementation(module: ModuleType, home: str, op: str) -> Implementation:
+    function = getattr(module, op)
+    if home != "torch":
+        return function
+
+    # the reference returns its results; the contract is to fill
+    def fill(outs: tuple[Tensor | None, ...], *inputs) -> None:
+        if op == "noise":  # the others read shape and device off their inputs
+            inputs = (tuple(outs[0].shape), *inputs, outs[0].device)  # type: ignore[union-attr]
+        results = function(*inputs)
+        if op in ("refine", "solver_step", "q_sample"):
+            results = (*results, results[0])  # into= receives a copy
+        for out, result in zip(outs, results, strict=True):
+            if out is not None and result is not out:
+                out.copy_(result)
+
+    return fill
+
+
+def info() -> str:
+    """What is built, what runs, and why anything was refused, as text."""
+    lines = [f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}"]
+    forced = _forced.get() or os.environ.get("SR3FAST_BACKEND")
+    if forced:
+        lines.append(f"forced: {forced}")
+    for home in MODULES:
+        module = load(home)
+        if isinstance(module, str):
+            lines.append(f"{home:7} no   {module}")
+        else:
+            lines.append(f"{home:7} yes  {getattr(module, 'description', lambda: '')()}".rstrip())
+    lines.append("")
+    lines.append(f"{'op':26}" + "".join(f"{device:9}" for device in HOMES))
+    for op in OPS:
+        best = [
+            next(h for h in homes if not isinstance(load(h), str) and hasattr(load(h), op))
+            for homes in HOMES.values()
+        ]
+        lines.append(f"{op:26}" + "".join(f"{home:9}" for home in best))
+    return "\n".join(lines)
