@@ -97,9 +97,8 @@ class Schedule:
             raise ValueError(f"gamma_T must be at least 1.2e-38, a normal float32: got {gamma[-1]:g}")
         if gamma[-1] > NOISE_LEFT:
             warnings.warn(
-                f"gamma_T = {gamma[-1]:.3g} at T = {beta.size} is above {NOISE_LEFT:g}: this schedule does not end"
-                " in pure noise. To sample in fewer steps keep the training's schedule and pass steps= to the"
-                " Sampler.",
+                f"gamma_T = {gamma[-1]:.3g} at T = {beta.size} is above {NOISE_LEFT:g}: this does not"
+                " end in pure noise. For fewer steps keep the training's schedule and pass steps= to Sampler.",
                 stacklevel=3,
             )
         self.T = int(beta.size)
