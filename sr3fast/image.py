@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -166,11 +165,11 @@ class Photo:
             raise ImageError("a picture of mode F has no fixed range: scale it to 8 or 16 bits first")
         if mode in ("CMYK", "LAB"):
             return cls(_srgb(picture, icc))
-        if mode in ("1", "L", "LA", "La"):
-            alpha = _alpha(picture, "LA")
-            return cls(picture.convert("L"), alpha, icc)
-        alpha = _alpha(picture, "RGBA")
-        return cls(picture.convert("RGB"), alpha, icc)
+        gray = mode in ("1", "L", "LA", "La")
+        if mode in ("La", "RGBa"):  # multiplied by alpha
+            picture = picture.convert("LA" if gray else "RGBA")
+        alpha = _alpha(picture, "LA" if gray else "RGBA")
+        return cls(picture.convert("L" if gray else "RGB"), alpha, icc)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -217,32 +216,22 @@ class Photo:
 
 
 def _alpha(picture: Image.Image, mode: str) -> Image.Image | None:
-    if picture.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in picture.info:
-        return None
-    if picture.mode == "PA":
+    if picture.mode in ("LA", "PA", "RGBA"):
         return picture.getchannel("A")
-    if picture.mode == "1":
-        picture = picture.convert("L")
+    if "transparency" not in picture.info:
+        return None
     return picture.convert(mode).getchannel("A")
 
 
 def _srgb(picture: Image.Image, icc: bytes | None) -> Image.Image:
+    if icc is None or picture.mode == "LAB":
+        return picture.convert("RGB")
     try:
-        if picture.mode == "LAB":
-            source: Any = ImageCms.createProfile("LAB")
-        elif icc:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        else:
-            return picture.convert("RGB")
-        converted = ImageCms.profileToProfile(
-            picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
+        profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(picture, profile, srgb, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
-        raise ImageError(
-            f"its colours cannot be converted to RGB ({_line(error)}): convert it first"
-        ) from error
+        raise ImageError(f"its ICC profile does not fit ({_line(error)}): convert it to RGB first") from error
     assert converted is not None  # None only where inPlace=True
-    converted.info.pop("icc_profile", None)
     return converted
 
 

@@ -1,0 +1,306 @@
+"""Pictures in and out: every mode, exact rounding, atomic files, and what is refused."""
+
+import errno
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from sr3fast import image
+
+RNG = np.random.default_rng(0)
+
+
+def smooth(height, width, channels=3):
+    """A uint8 array of soft blobs, [H, W, C]: bicubic neither rings past 0 nor past 255 much."""
+    h, w = np.mgrid[:height, :width]
+    waves = [127.5 + 100 * np.sin(h / (3 + c) + c) * np.cos(w / (4 + c)) for c in range(channels)]
+    return np.stack(waves, -1).round().astype(np.uint8)
+
+
+def picture(mode, size=(9, 7)):
+    width, height = size
+    values = smooth(height, width, 4)
+    if mode == "I;16":
+        return Image.fromarray(values[..., 0].astype(np.uint16) * 257 + 3)
+    if mode in ("LA", "La", "PA"):
+        return Image.merge("LA", [Image.fromarray(values[..., c]) for c in (0, 3)]).convert(mode)
+    if mode == "RGBA":
+        return Image.fromarray(values, "RGBA")
+    return Image.fromarray(np.ascontiguousarray(values[..., :3])).convert(mode)
+
+
+# Tensors
+
+
+def test_to_tensor_and_back_is_exact_for_every_value():
+    for levels, dtype in ((255, np.uint8), (65535, np.uint16)):
+        values = np.arange(levels + 1, dtype=dtype).reshape(1, -1)
+        source = Image.fromarray(values.astype(np.float32))
+        tensor = image.to_tensor(source, levels)
+        assert tensor.dtype == torch.float32 and tensor.shape == (1, 1, levels + 1)
+        assert tensor.min() == -1 and tensor.max() == 1
+        assert np.array_equal(np.asarray(image.to_picture(tensor, levels)), values)
+
+
+def test_quantize_clamps_and_rounds_half_to_even():
+    # (v + 1) / 2 * 255 is exactly 63.75, 127.5 (to 128), and out of range on both sides
+    assert image.quantize(torch.tensor([-0.5, 0.0, -7.0, 3.0])).tolist() == [64, 128, 0, 255]
+
+
+def test_to_picture_refuses_other_channels():
+    with pytest.raises(ValueError, match=r"got \[2, 4, 4\]"):
+        image.to_picture(torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize("size", [(28, 36), (5, 4), (13, 3)])
+def test_resize_is_pillows_bicubic(size):
+    """On floats the filter is the same to float32 rounding; on 8 bits to Pillow's own rounding."""
+    height, width = size
+    values = smooth(9, 7)
+    for channel in range(3):
+        plane = values[..., channel].astype(np.float32)
+        ours = image.resize(torch.from_numpy(plane)[None], size)[0].numpy()
+        pillow = np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC))
+        assert np.abs(ours - pillow).max() <= 255 * 4 * np.finfo(np.float32).eps
+        rounded = np.asarray(image.bicubic(Image.fromarray(values[..., channel]), (width, height)))
+        assert np.abs(ours.clip(0, 255) - rounded).max() <= 1.01  # rounded after each of the two passes
+
+
+def test_resize_takes_batches():
+    values = torch.randn(2, 3, 8, 6)
+    assert torch.equal(image.resize(values, (4, 3))[1], image.resize(values[1], (4, 3)))
+
+
+@pytest.mark.parametrize(("height", "width", "multiple"), [(5, 7, 4), (2, 3, 16), (8, 8, 8)])
+def test_reflect_pad(height, width, multiple):
+    values = torch.arange(height * width, dtype=torch.float32).reshape(1, height, width)
+    padded = image.reflect_pad(values, multiple)
+    down, right = -height % multiple, -width % multiple
+    expected = np.pad(values.numpy(), ((0, 0), (0, down), (0, right)), mode="reflect")
+    assert np.array_equal(padded.numpy(), expected)
+
+
+# Photos: modes
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16"])
+def test_photo_of_a_mode_it_keeps_is_exact(mode):
+    source = picture(mode)
+    photo = image.Photo.of(source)
+    assert photo.mode == mode and photo.size == (9, 7)
+    back = photo.with_color(photo.tensor(3))
+    assert back.mode == mode
+    assert np.array_equal(np.asarray(back), np.asarray(source))
+
+
+@pytest.mark.parametrize(
+    ("mode", "becomes"),
+    [
+        ("1", "L"),
+        ("La", "LA"),
+        ("P", "RGB"),
+        ("PA", "RGBA"),
+        ("CMYK", "RGB"),
+        ("YCbCr", "RGB"),
+        ("HSV", "RGB"),
+    ],
+)
+def test_photo_of_other_modes(mode, becomes):
+    source = picture(mode)
+    photo = image.Photo.of(source)
+    assert photo.mode == becomes
+    color = becomes.rstrip("A")
+    expected = (source.convert(becomes) if mode in ("La", "PA") else source).convert(color)
+    assert np.array_equal(np.asarray(photo.color), np.asarray(expected))
+
+
+def test_sixteen_bits_keep_their_low_byte_when_resized():
+    photo = image.Photo.of(picture("I;16")).resized((36, 28))
+    values = np.asarray(photo.with_color(photo.tensor(3)))
+    assert values.dtype == np.uint16 and values.shape == (28, 36)
+    assert len(np.unique(values & 255)) > 50
+    plane = np.asarray(picture("I;16")).astype(np.float32)
+    pillow = np.asarray(Image.fromarray(plane).resize((36, 28), Image.Resampling.BICUBIC))
+    assert np.abs(values - pillow.clip(0, 65535)).max() <= 0.51
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16B"])
+def test_other_sixteen_bit_modes(mode):
+    values = np.asarray(picture("I;16"))
+    if mode == "I":
+        source = Image.fromarray(values.astype(np.int32))
+    else:
+        source = Image.frombytes("I;16B", (9, 7), values.astype(">u2").tobytes())
+    photo = image.Photo.of(source)
+    assert np.array_equal(np.asarray(photo.color), values.astype(np.float32))
+
+
+def test_ranges_that_are_not_known_are_refused():
+    with pytest.raises(image.ImageError, match="no fixed range"):
+        image.Photo.of(Image.fromarray(np.zeros((3, 3), np.float32)))
+    with pytest.raises(image.ImageError, match=r"0 \.\. 65535: got -4 \.\. -4"):
+        image.Photo.of(Image.fromarray(np.full((3, 3), -4, np.int32)))
+
+
+def test_transparent_colour_of_a_palette_and_of_rgb_becomes_alpha(tmp_path):
+    colors = np.zeros((4, 5, 3), np.uint8)
+    colors[1, 2] = (10, 200, 30)
+    for name, source, key in (
+        ("rgb.png", Image.fromarray(colors), (10, 200, 30)),
+        ("p.png", Image.fromarray(colors).quantize(4), None),
+    ):
+        if key is None:
+            key = source.getpixel((2, 1))
+        source.save(tmp_path / name, transparency=key)
+        photo = image.Photo.of(image.read(tmp_path / name))
+        alpha = np.asarray(photo.alpha)
+        assert photo.mode == "RGBA" and alpha[1, 2] == 0 and alpha.sum() == 19 * 255
+
+
+def test_alpha_is_resized_by_pillow():
+    source = picture("RGBA")
+    photo = image.Photo.of(source).resized((18, 14))
+    expected = source.getchannel("A").resize((18, 14), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(photo.alpha), np.asarray(expected))
+
+
+def test_channels_of_a_gray_picture_are_averaged():
+    photo = image.Photo.of(picture("L", (2, 2)))
+    values = torch.tensor([-0.2, 0.1, 0.4]).reshape(3, 1, 1).expand(3, 2, 2)
+    assert np.asarray(photo.with_color(values)).tolist() == [[140, 140], [140, 140]]  # (0.1 + 1) / 2 * 255
+
+
+def test_channels_that_do_not_fit_are_refused():
+    with pytest.raises(image.ImageError, match="network of 1 channels cannot take a picture of 3"):
+        image.Photo.of(picture("RGB")).tensor(1)
+
+
+# Files
+
+
+def test_icc_profile_survives_read_and_write(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture("RGB").save(tmp_path / "in.png", icc_profile=profile)
+    photo = image.Photo.of(image.read(tmp_path / "in.png"))
+    image.write(photo.with_color(photo.tensor()), tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").info["icc_profile"] == profile
+
+
+def test_lab_becomes_srgb():
+    lab = Image.merge(
+        "LAB", [Image.new("L", (2, 2), v) for v in (255, 128, 128)]
+    )  # white: L* 100, a* = b* = 0
+    assert np.asarray(image.Photo.of(lab).color).min() >= 252
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_honoured(tmp_path, orientation):
+    source = picture("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source.save(tmp_path / "turned.png", exif=exif)
+    values = np.asarray(source)
+    expected = {
+        1: values,
+        2: values[:, ::-1],
+        3: values[::-1, ::-1],
+        4: values[::-1],
+        5: values.transpose(1, 0, 2),
+        6: values[::-1].transpose(1, 0, 2),
+        7: values[::-1, ::-1].transpose(1, 0, 2),
+        8: values[:, ::-1].transpose(1, 0, 2),
+    }[orientation]
+    assert np.array_equal(np.asarray(image.read(tmp_path / "turned.png")), expected)
+
+
+def test_what_is_no_image_is_refused(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(image.ImageError, match=r"text\.png: not an image"):
+        image.read(tmp_path / "text.png")
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(image.ImageError, match=r"empty \(0 bytes\)"):
+        image.read(tmp_path / "empty.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "gif", "bmp"])
+def test_a_truncated_file_is_refused(tmp_path, suffix):
+    noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / f"whole.{suffix}")
+    data = (tmp_path / f"whole.{suffix}").read_bytes()
+    path = tmp_path / f"cut.{suffix}"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(image.ImageError) as error:
+        image.read(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def bomb(side):
+    """A valid PNG header of side x side, 8-bit gray, with no pixels behind it."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(99)))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [30000, 12000])  # Pillow refuses the first by itself, and takes the second
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, side, recwarn):
+    (tmp_path / "bomb.png").write_bytes(bomb(side))
+    with pytest.raises(image.ImageError, match=r"bomb\.png: .*(pixels).*parts first"):
+        image.read(tmp_path / "bomb.png")
+    assert not recwarn.list
+
+
+def test_write_is_atomic_when_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "out.png"
+    path.write_bytes(b"the old one")
+
+    def full(self, file, **options):
+        with open(file, "wb") as handle:
+            handle.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="no space left on the disk: free some") as error:
+        image.write(picture("RGB"), path)
+    assert error.value.errno == errno.ENOSPC
+    assert [p.name for p in tmp_path.iterdir()] == ["out.png"] and path.read_bytes() == b"the old one"
+
+
+def test_write_makes_the_folder_and_leaves_one_file(tmp_path):
+    image.write(picture("RGB"), tmp_path / "a" / "b" / "out.png")
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["out.png"]
+    assert np.array_equal(
+        np.asarray(image.read(tmp_path / "a" / "b" / "out.png")), np.asarray(picture("RGB"))
+    )
+
+
+def test_formats_that_cannot_hold_the_picture_are_refused():
+    image.check_format("x.png", "RGBA")
+    with pytest.raises(image.ImageError, match=r"JPEG cannot hold a picture of mode RGBA: save it as \.png"):
+        image.check_format("x.jpg", "RGBA")
+    with pytest.raises(image.ImageError, match=r"\.xyz names no image format to write"):
+        image.check_format("x.xyz", "RGB")
+
+
+def test_a_file_of_every_format_is_read(tmp_path):
+    for suffix in ("png", "bmp", "tif"):
+        buffer = io.BytesIO()
+        picture("RGB").save(buffer, format={"tif": "TIFF"}.get(suffix, suffix.upper()))
+        (tmp_path / f"x.{suffix}").write_bytes(buffer.getvalue())
+        assert np.array_equal(np.asarray(image.read(tmp_path / f"x.{suffix}")), np.asarray(picture("RGB")))
