@@ -98,7 +98,7 @@ class Schedule:
         if gamma[-1] > NOISE_LEFT:
             warnings.warn(
                 f"gamma_T = {gamma[-1]:.3g} at T = {beta.size} is above {NOISE_LEFT:g}: this does not"
-                " end in pure noise. For fewer steps keep the training's schedule and pass steps= to Sampler.",
+                " end in pure noise. For fewer steps keep the training's schedule and give Sampler steps=.",
                 stacklevel=3,
             )
         self.T = int(beta.size)

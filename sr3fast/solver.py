@@ -63,7 +63,7 @@ class Table:
         return len(self.rows)
 
     def levels(self, level: str) -> Tensor:
-        """What f_theta is conditioned on, [N]: float32 for "sqrt_gamma" (Janspiry's code) and "gamma" (paper).
+        """What f_theta is conditioned on, [N]: float32 for "sqrt_gamma" (Janspiry's code) and "gamma".
 
         "t" is int64, the index 0..T-1 into betas: what networks with an integer input are trained on, the
         paper's t less one.
@@ -212,9 +212,9 @@ def _ddpm(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]
 
 
 def _ddim(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
-    """y' = sqrt(gamma_b) m + sqrt(1-gamma_b-s^2) eps_hat + s z, eps_hat = (y - sqrt(gamma_a) m)/sqrt(1-gamma_a).
+    """y' = sqrt(gamma_b) m + sqrt(1-gamma_b-s^2) eps_hat + s z, s = eta times the posterior's deviation.
 
-    eps_hat is derived from m again, so that it agrees with the clipped y_0_hat.
+    eps_hat = (y - sqrt(gamma_a) m)/sqrt(1-gamma_a), derived again so that it agrees with the clipped m.
     """
     for step in intervals:
         a, b = step.a, step.b
@@ -239,17 +239,17 @@ def _dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[Weigh
 
 
 def _sde_dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
-    """y' = sqrt((1-gamma_b)/(1-gamma_a)) e^-h y + sqrt(gamma_b)(1 - e^-2h) D + sqrt((1-gamma_b)(1 - e^-2h)) z."""
+    """y' = sqrt((1-gamma_b)/(1-gamma_a)) e^-h y + sqrt(gamma_b) k D + sqrt((1-gamma_b) k) z, k = 1 - e^-2h."""
     before = None
     for step in intervals:
         w = _extrapolation(before, step)
-        drift = -math.expm1(-2 * step.h)
-        G = math.sqrt(step.b) * drift
+        k = -math.expm1(-2 * step.h)
+        G = math.sqrt(step.b) * k
         yield Weights(
             A=math.sqrt((1 - step.b) / (1 - step.a)) * math.exp(-step.h),
             C0=G * (1 + w),
             C1=-G * w,
-            S=math.sqrt((1 - step.b) * drift),
+            S=math.sqrt((1 - step.b) * k),
         )
         before = step
 
