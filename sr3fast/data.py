@@ -99,7 +99,9 @@ def _values(picture: Image.Image) -> np.ndarray:
 
 def _check_array(values: np.ndarray, path: str | Path, ndim: int = 3) -> np.ndarray:
     if values.ndim != ndim:
-        raise DataError(f"{path}: an array must be {'[N, C, H, W]'[(4 - ndim) * 3 :]}: got shape {values.shape}")
+        raise DataError(
+            f"{path}: an array must be {'[N, C, H, W]'[(4 - ndim) * 3 :]}: got shape {values.shape}"
+        )
     if values.dtype.kind == "f":
         values = values.astype(np.float32)
         if not (abs(values) <= 1).all():
@@ -112,7 +114,9 @@ def _check_array(values: np.ndarray, path: str | Path, ndim: int = 3) -> np.ndar
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    files = sorted(
+        f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
+    )
     if not files:
         raise DataError(f"{folder}: no pictures there (looked for {', '.join(SUFFIXES)}, in subfolders too)")
     return files
@@ -135,7 +139,9 @@ def _skip(name: object, error: Exception) -> None:
 
 
 def _pair_items(targets: Path, sources: Path, scale: float) -> list[Item]:
-    names = [{f.relative_to(folder).with_suffix(""): f for f in _files(folder)} for folder in (targets, sources)]
+    names = [
+        {f.relative_to(folder).with_suffix(""): f for f in _files(folder)} for folder in (targets, sources)
+    ]
     alone = sorted(set(names[0]) ^ set(names[1]))
     if alone:
         folder, other = (targets, sources) if alone[0] in names[0] else (sources, targets)
@@ -271,7 +277,8 @@ class Pictures(Dataset):
         size = _whole(target.shape[-2:], self.scale)
         step = round(self.scale) if self.scale == round(self.scale) else 1
         top, left = (
-            int(place * ((side - self.crop) // step + 1)) * step for place, side in zip((u, v), size, strict=True)
+            int(place * ((side - self.crop) // step + 1)) * step
+            for place, side in zip((u, v), size, strict=True)
         )
         window = (top, left, top + self.crop, left + self.crop)
         x, y = tensor(conditioned(target, source, self.scale, window)), tensor(cut(target, window))
@@ -315,9 +322,9 @@ class Pictures(Dataset):
         target = self._channels(item.target(), item.name)
         source = None if item.source is None else self._channels(item.source(), item.name)
         self._kept[index] = target, source
-        while len(self._kept) > 1 and sum(a.nbytes for pair in self._kept.values() for a in pair if a is not None) > (
-            self.memory
-        ):
+        while len(self._kept) > 1 and sum(
+            a.nbytes for pair in self._kept.values() for a in pair if a is not None
+        ) > (self.memory):
             self._kept.popitem(last=False)
         return target, source
 
@@ -325,7 +332,9 @@ class Pictures(Dataset):
         if len(values) == 1 and self.channels == 3:
             return np.repeat(values, 3, 0)
         if len(values) != self.channels:
-            raise DataError(f"{name}: the network has {self.channels} channels, the picture has {len(values)}")
+            raise DataError(
+                f"{name}: the network has {self.channels} channels, the picture has {len(values)}"
+            )
         return values
 
 
@@ -384,7 +393,9 @@ def bicubic(values: np.ndarray, size: Size, box: tuple[float, float, float, floa
         [
             np.asarray(
                 Image.fromarray(channel).resize(
-                    (size[1], size[0]), Image.Resampling.BICUBIC, (left - x0, top - y0, right - x0, bottom - y0)
+                    (size[1], size[0]),
+                    Image.Resampling.BICUBIC,
+                    (left - x0, top - y0, right - x0, bottom - y0),
                 )
             )
             for channel in np.ascontiguousarray(part)
@@ -420,8 +431,17 @@ class Order(Sampler[tuple[int, int]]):
     r * batch on, so that any number of ranks sees the same global batches. `start` is the iteration to begin with.
     """
 
-    def __init__(self, count: int, batch: int, *, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.count, self.batch, self.seed, self.start, self.rank, self.world = count, batch, seed, start, rank, world
+    def __init__(
+        self, count: int, batch: int, *, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        self.count, self.batch, self.seed, self.start, self.rank, self.world = (
+            count,
+            batch,
+            seed,
+            start,
+            rank,
+            world,
+        )
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         position = self.start * self.world * self.batch
