@@ -239,7 +239,7 @@ def _dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[Weigh
 
 
 def _sde_dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
-    """y' = sqrt((1-gamma_b)/(1-gamma_a)) e^-h y + sqrt(gamma_b) k D + sqrt((1-gamma_b) k) z, k = 1 - e^-2h."""
+    """y' = sqrt((1-gamma_b)/(1-gamma_a)) e^-h y + sqrt(gamma_b) k D + sqrt((1-gamma_b) k) z, k = 1-e^-2h."""
     before = None
     for step in intervals:
         w = _extrapolation(before, step)

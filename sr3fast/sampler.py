@@ -1,0 +1,547 @@
+"""Algorithm 2 of SR3 (Saharia et al. 2021) for any solver: from noise to picture, one row at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import secrets
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import noise, ops
+from .image import resize
+from .schedule import Schedule
+from .solver import LEVELS, Table, rows
+
+if TYPE_CHECKING:
+    from .weights import Target
+
+__all__ = ["Sampler", "Samples"]
+
+log = logging.getLogger(__name__)
+
+Callback = Callable[[int, Tensor, Tensor], Any]
+Network = Callable[[Tensor | None, Tensor, Tensor], Tensor]
+
+
+class Samples(NamedTuple):
+    """n samples of one source, and what they say about it: where std is large, the picture is a guess."""
+
+    y_0: Tensor  # [n, C, H, W]
+    mean: Tensor  # [C, H, W]
+    std: Tensor  # [C, H, W], the unbiased one (n - 1)
+
+
+class Run(Protocol):
+    """f_theta for one run: `into` is the place of y_t in its input, and run(i) is eps_hat at row i."""
+
+    into: Tensor  # [B, Cy, H, W], any float dtype and strides
+
+    def __call__(self, i: int) -> Tensor: ...
+
+
+class Sampler:
+    """Draws y_0 from p(y_0 given x), with a network that predicts the noise.
+
+        y_T ~ N(0, I)
+        for each row of the solver's table, at noise level gamma:
+            y <- the row's step from (y, f_theta(x, y, gamma)), plus noise
+
+    Equivalent to (other draws; solver="sr3")::
+
+        y = torch.randn_like(x)
+        for t in range(T, 0, -1):
+            f = f_theta(x, y, gamma[t].sqrt().expand(B, 1))
+            y = (y - (1 - alpha[t]) / (1 - gamma[t]).sqrt() * f) / alpha[t].sqrt()
+            y += (1 - alpha[t]).sqrt() * torch.randn_like(y) if t > 1 else 0
+
+    Args:
+        f_theta: any callable (x, y_t, level) -> eps_hat of y_t's shape. level is float32 [B, 1], or int64 [B]
+            where level="t". A module in training mode is run in evaluation mode and gets its mode back.
+        schedule: the one it was trained with.
+        solver, steps, grid, eta, variance, clip, corrector_steps, snr: see `solver.rows`. By default "sr3" on
+            every step, and where `steps` is given "dpm++2m" on the grid "blend".
+        level: what f_theta is conditioned on: "sqrt_gamma" (Janspiry's code), "gamma" (the paper), or "t",
+            the index 0..T-1 into betas.
+        dtype: of x and y_t as f_theta gets them; by default that of its parameters, or float32. The state y_t
+            itself is float32 always.
+        device: where to sample; x is copied there. By default where f_theta's parameters are, or x.
+        graph: capture the step as a CUDA graph: "auto" where it is known to work, True, False.
+        target: what y_0 is to the weights (`weights.Target`): the image, or a residual, decoded at the end.
+        scale: enlargement from the source to x; consistency=True needs it.
+
+    Attributes:
+        table: the solver's rows; len(table) network passes a sample.
+        last_seed: the seed of the last call, the drawn one where it was None.
+
+    Raises:
+        ValueError, TypeError: an option out of its range; nothing has run by then.
+    """
+
+    def __init__(
+        self,
+        f_theta: Network,
+        schedule: Schedule,
+        *,
+        solver: str | None = None,
+        steps: int | None = None,
+        grid: str | Sequence[float] | Tensor | None = None,
+        eta: float = 0.0,
+        variance: float = 0.0,
+        clip: float | EllipsisType | None = ...,
+        level: str = "sqrt_gamma",
+        corrector_steps: int = 0,
+        snr: float = 0.16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        graph: bool | str = "auto",
+        target: Target | None = None,
+        scale: float | None = None,
+    ):
+        if not (callable(f_theta) or hasattr(f_theta, "start")):
+            raise TypeError(
+                f"f_theta must be callable as f_theta(x, y_t, level): got {type(f_theta).__name__}"
+            )
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a sr3fast.Schedule: got {type(schedule).__name__}")
+        if level not in LEVELS:
+            raise ValueError(f"level must be one of {', '.join(LEVELS)}: got {level!r}")
+        variant = getattr(f_theta, "variant", None)
+        if variant in ("sr3", "ddpm") and (variant == "ddpm") != (level == "t"):
+            raise ValueError(f"a {variant} network is not conditioned on level={level!r}")
+        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"dtype must be float32, float16 or bfloat16: got {dtype}")
+        if not (graph in (True, False) or graph == "auto"):
+            raise ValueError(f'graph must be "auto", True or False: got {graph!r}')
+        if scale is not None and not 1 <= scale < math.inf:
+            raise ValueError(f"scale must be at least 1: got {scale}")
+        self._options: dict[str, Any] = {
+            "solver": solver,
+            "steps": steps,
+            "grid": grid,
+            "eta": eta,
+            "variance": variance,
+            "clip": clip,
+            "corrector_steps": corrector_steps,
+            "snr": snr,
+            "integer": level == "t",
+        }
+        self.f_theta = f_theta
+        self.schedule = schedule
+        self.level = level
+        self.dtype = dtype
+        self.graph = graph
+        self.target = target
+        self.scale = scale
+        self.table = rows(schedule, **self._options)
+        self.last_seed: int | list[int] | None = None
+        self._device = None if device is None else torch.device(device)
+        self._engine = _engine(f_theta, dtype, graph)
+
+    def __call__(
+        self,
+        x: Tensor | None,
+        seed: int | Sequence[int] | Tensor | None = 0,
+        *,
+        shape: Sequence[int] | None = None,
+        y_T: Tensor | None = None,
+        start: float | None = None,
+        z: Callable[[int], Tensor] | None = None,
+        consistency: bool = False,
+        callback: Callback | None = None,
+        progress: bool = False,
+        samples: int | None = None,
+    ) -> Tensor | Samples:
+        """Sample y_0 given x.
+
+        Args:
+            x: the source at the target's size, [B, Cx, H, W] in [-1, 1]; None for an unconditional network.
+            seed: sample i has the seed s + i, or its own of B seeds; None draws one (see `last_seed`). A
+                sample does not depend on the batch it is drawn in.
+            shape: of y_0, [B, Cy, H, W]; by default f_theta.out_channels, or x's channels, at x's size.
+            y_T: start from this instead of noise, [B, Cy, H, W].
+            start: in [0, 1): leave out this share of the rows and begin from q_sample(x, gamma) there.
+            z: z(step) gives a step's noise, [B, Cy, H, W]; asked for the steps that add noise, never step 1.
+            consistency: add up(down(x) - down(y_0)), so that y_0 shrinks to the source; needs `scale`.
+            callback: called after each row with (step, y, y_0_hat), step = N - 1 .. 0 rows to go.
+            progress: show a progress bar.
+            samples: draw n of the one source, with seeds s .. s + n - 1.
+
+        Returns:
+            y_0, float32 [B, Cy, H, W], not clamped; `Samples` where samples= is given.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes, devices or options that do not fit, before any step.
+        """
+        if samples is not None:
+            x, shape = _repeat(x, shape, samples)
+        inputs = self._inputs(x, seed, shape, y_T, start, z, consistency)
+        with contextlib.closing(self._refine(inputs, callback, progress)) as steps:
+            for _ in steps:
+                pass
+        y_0 = self._image(inputs.y, inputs.x, consistency)
+        if samples is None:
+            return y_0
+        std, mean = torch.std_mean(y_0, 0)
+        return Samples(y_0, mean, std)
+
+    def iterate(
+        self,
+        x: Tensor | None,
+        seed: int | Sequence[int] | Tensor | None = 0,
+        *,
+        shape: Sequence[int] | None = None,
+        y_T: Tensor | None = None,
+        start: float | None = None,
+        z: Callable[[int], Tensor] | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (step, y) after each row, step = N - 1 down to 0; y is yours to keep.
+
+        Arguments as in `__call__`. y is the state, which ends in what the weights call y_0: for a residual
+        target that is the residual. Close the generator, or leave its loop, to stop.
+        """
+        inputs = self._inputs(x, seed, shape, y_T, start, z)
+        return ((step, y.clone()) for step, y in self._refine(inputs, callback, progress))
+
+    def frames(
+        self,
+        x: Tensor | None,
+        seed: int | Sequence[int] | Tensor | None = 0,
+        *,
+        count: int = 8,
+        of: str = "y",
+        consistency: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (step, picture) of `count` steps evenly spread over the run, the last of them y_0 itself.
+
+        of="y" shows the state, from pure noise (step N) on; of="y_0_hat" what it is expected to become, from
+        the first row (step N - 1) on. Pictures are [B, C, H, W], decoded and clamped to [-1, 1]; the other
+        arguments are those of `iterate`. Nothing runs further than the frames that are asked for.
+        """
+        if of not in ("y", "y_0_hat"):
+            raise ValueError(f'of must be "y" or "y_0_hat": got {of!r}')
+        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+            raise ValueError(f"count must be a whole number of at least 2: got {count!r}")
+        progress = options.pop("progress", False)
+        inputs = self._inputs(x, seed, consistency=consistency, **options)
+        return self._frames(inputs, count, of, consistency, progress)
+
+    def _frames(
+        self, inputs: _Inputs, count: int, of: str, consistency: bool, progress: bool
+    ) -> Iterator[tuple[int, Tensor]]:
+        first = len(inputs.table) - (of == "y_0_hat")
+        shown = {round(first * k / (count - 1)) for k in range(count)}
+        estimate = inputs.y
+
+        def keep(step: int, y: Tensor, y_0_hat: Tensor) -> None:
+            nonlocal estimate
+            estimate = y_0_hat
+
+        def picture(step: int, y: Tensor) -> Tensor:
+            return self._image(y, inputs.x, consistency and step == 0).clamp(-1, 1)
+
+        if of == "y":
+            yield first, picture(first, inputs.y)
+        with contextlib.closing(self._refine(inputs, keep if of == "y_0_hat" else None, progress)) as steps:
+            for step, y in steps:
+                if step in shown:
+                    yield step, picture(step, y if of == "y" or step == 0 else estimate)
+
+    @torch.no_grad()
+    def _refine(
+        self, inputs: _Inputs, callback: Callback | None = None, progress: bool = False
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        """Algorithm 2. y is the one tensor inputs.y, overwritten by each step."""
+        x, y, seed, table, z = inputs.x, inputs.y, inputs.seed, inputs.table, inputs.z
+        N = len(table)
+        history = [torch.empty_like(y) for _ in range(table.depth)]  # m_{t+1}, m_{t+2}
+        y_0_hat = None if callback is None else torch.empty_like(y)
+        with _evaluation(self.f_theta), _bar(N, progress) as bar:
+            f_theta = self._engine.start(x, y.shape, table.levels(self.level).to(y.device))
+            f_theta.into.copy_(y)
+            for i, row in enumerate(table.rows.tolist()):
+                step = N - i
+                *_, C0, _, _, S = row
+                eps_hat = f_theta(i)
+                keep = C0 != 0 and table.depth > 0
+                m = history[-1] if keep else y_0_hat
+                ops.solver_step(
+                    y,
+                    eps_hat,
+                    row,
+                    seed,
+                    step,
+                    history=history,
+                    z=None if z is None or S == 0 else z(step),
+                    out=(y, m),
+                    into=f_theta.into,
+                )
+                if keep:
+                    history = [history[-1], *history[:-1]]
+                bar.update()
+                if callback is not None:
+                    callback(step - 1, y.clone(), cast(Tensor, m).clone())
+                yield step - 1, y
+
+    def _inputs(
+        self,
+        x: Tensor | None,
+        seed: int | Sequence[int] | Tensor | None,
+        shape: Sequence[int] | None = None,
+        y_T: Tensor | None = None,
+        start: float | None = None,
+        z: Callable[[int], Tensor] | None = None,
+        consistency: bool = False,
+    ) -> _Inputs:
+        device = self._place(x, y_T)
+        if x is not None:
+            _check_x(x)
+            x = x.detach().to(device, torch.float32)
+        shape = self._shape(x, shape, y_T)
+        if z is not None and not callable(z):
+            raise TypeError(f"z must be callable as z(step): got {type(z).__name__}")
+        if consistency:
+            self._check_consistency(x, shape)
+        if seed is None:
+            seed = secrets.randbits(53)  # exact in JSON
+            log.info("seed=None drew the seed %d", seed)
+        seeds = noise.seeds(seed, shape[0], device)
+        table = self.table if start is None else rows(self.schedule, **self._options, start=start)
+        y = self._first(x, shape, seeds, y_T, start, table)
+        self.last_seed = seed if isinstance(seed, int) else seeds.tolist()
+        return _Inputs(x, y, seeds, table, z)
+
+    def _first(
+        self,
+        x: Tensor | None,
+        shape: tuple[int, ...],
+        seeds: Tensor,
+        y_T: Tensor | None,
+        start: float | None,
+        table: Table,
+    ) -> Tensor:
+        """The state before the first row, a tensor of our own: y_T, the diffused x, or noise."""
+        if y_T is not None:
+            if start is not None:
+                raise ValueError("y_T and start both say where to begin: give one of them")
+            if not y_T.is_floating_point():
+                raise TypeError(f"y_T must be a float tensor: got {y_T.dtype}")
+            return y_T.detach().to(seeds.device, torch.float32, copy=True).contiguous()
+        z = ops.noise(shape, seeds, domain=noise.Y_T, device=seeds.device)
+        gamma = table.gamma[0].item()
+        if start is not None:
+            if x is None or x.shape != shape:
+                raise ValueError(f"start begins from x, of y's shape {list(shape)}: got {_shape_of(x)}")
+            y_0 = x if self.target is None else self.target.encode(x, x)
+            return ops.q_sample(y_0, gamma, None, eps=z)[0]
+        if gamma > self.schedule.gamma[-1].item() * (1 + 1e-4):
+            raise ValueError(
+                f"this grid begins at gamma = {gamma:.3g}, later than gamma_T ="
+                f" {self.schedule.gamma[-1].item():.3g}: give y_T, or start for the diffused x"
+            )
+        return z
+
+    def _place(self, x: Tensor | None, y_T: Tensor | None) -> torch.device:
+        given = x if x is not None else y_T
+        own = next((p.device for p in _parameters(self.f_theta)), None)
+        if self._device is not None:
+            return self._device
+        if given is None:
+            return own or torch.device("cpu")
+        if own is not None and given.device != own:
+            raise ValueError(
+                "x and f_theta must be on one device (or Sampler(device=) says where):"
+                f" got {given.device} and {own}"
+            )
+        return given.device
+
+    def _shape(
+        self, x: Tensor | None, shape: Sequence[int] | None, y_T: Tensor | None
+    ) -> tuple[int, int, int, int]:
+        if shape is None and y_T is not None:
+            shape = y_T.shape
+        if shape is None:
+            if x is None:
+                raise ValueError("x is None, so shape=(B, C, H, W) must say what to sample")
+            shape = (x.shape[0], getattr(self.f_theta, "out_channels", x.shape[1]), *x.shape[2:])
+        if len(shape) != 4 or any(n < 1 for n in shape):
+            raise ValueError(f"shape must be (B, C, H, W), each at least 1: got {tuple(shape)}")
+        B, C, H, W = (int(n) for n in shape)
+        if y_T is not None and y_T.shape != (B, C, H, W):
+            raise ValueError(f"y_T must be of shape {[B, C, H, W]}: got {list(y_T.shape)}")
+        if x is not None and (x.shape[0], *x.shape[2:]) != (B, H, W):
+            raise ValueError(f"x must be [{B}, C, {H}, {W}], y's batch and size: got {list(x.shape)}")
+        return B, C, H, W
+
+    def _check_consistency(self, x: Tensor | None, shape: tuple[int, ...]) -> None:
+        if self.scale is None:
+            raise ValueError("consistency=True needs the enlargement: Sampler(..., scale=4)")
+        if x is None or x.shape != shape:
+            raise ValueError(
+                f"consistency compares y_0 with x of its shape {list(shape)}: got {_shape_of(x)}"
+            )
+        if any((side / self.scale) % 1 for side in shape[2:]):
+            raise ValueError(
+                f"consistency needs sides that scale={self.scale:g} divides: got {list(shape[2:])}"
+            )
+
+    @torch.no_grad()
+    def _image(self, y: Tensor, x: Tensor | None, consistency: bool) -> Tensor:
+        """The picture that y is to the weights, made consistent with the source where asked."""
+        y_0 = y.clone() if self.target is None else self.target.decode(y, x)
+        if consistency and x is not None and self.scale is not None:
+            H, W = y_0.shape[2:]
+            small = (round(H / self.scale), round(W / self.scale))
+            y_0 = y_0 + resize(resize(x, small) - resize(y_0, small), (H, W))
+        return y_0
+
+    def __repr__(self) -> str:
+        options = {k: v for k, v in self._options.items() if v is not None and k != "integer"}
+        return f"Sampler({type(self.f_theta).__name__}, {self.schedule!r}, {len(self.table)} rows, {options})"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """A call's arguments, checked, on the device."""
+
+    x: Tensor | None
+    y: Tensor  # the state, overwritten by each step
+    seed: Tensor  # int64 [B]
+    table: Table
+    z: Callable[[int], Tensor] | None
+
+
+# ------------------------------------------------------------------------------------- the network
+
+
+def _engine(f_theta: Any, dtype: torch.dtype | None, graph: bool | str) -> Any:
+    """The engine for our UNet, what starts runs by itself as it is, the adapter for any other callable."""
+    if hasattr(f_theta, "start"):
+        return f_theta
+    return _Adapter(f_theta, dtype)
+
+
+class _Adapter:
+    """Any f_theta(x, y_t, level) behind the engine's interface."""
+
+    def __init__(self, f_theta: Network, dtype: torch.dtype | None):
+        self.f_theta = f_theta
+        self.dtype = dtype
+
+    def start(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> _AdapterRun:
+        """x [B, Cx, H, W] or None, y's shape, levels [N]: float32, or int64 for networks conditioned on t."""
+        dtype = self.dtype or next(
+            (p.dtype for p in _parameters(self.f_theta) if p.is_floating_point()), torch.float32
+        )
+        return _AdapterRun(self.f_theta, None if x is None else x.to(dtype), shape, levels, dtype)
+
+
+class _AdapterRun:
+    def __init__(
+        self, f_theta: Network, x: Tensor | None, shape: Sequence[int], levels: Tensor, dtype: torch.dtype
+    ):
+        self.f_theta = f_theta
+        self.x = x
+        self.into = torch.empty(tuple(shape), dtype=dtype, device=levels.device)
+        batch = (shape[0], 1) if levels.is_floating_point() else (shape[0],)
+        self.levels = levels.view(-1, *(1,) * len(batch)).expand(-1, *batch)  # [N, B, 1] or [N, B]
+
+    def __call__(self, i: int) -> Tensor:
+        # clones: f_theta may keep, or overwrite, what it is given
+        eps_hat = self.f_theta(self.x, self.into.clone(), self.levels[i].clone())
+        if not isinstance(eps_hat, Tensor) or eps_hat.shape != self.into.shape:
+            raise ValueError(
+                f"f_theta must return y_t's shape {list(self.into.shape)}: got {_shape_of(eps_hat)}"
+            )
+        return eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
+
+
+def _parameters(f_theta: Any) -> Iterator[Tensor]:
+    return iter(f_theta.parameters() if isinstance(f_theta, nn.Module) else ())
+
+
+@contextlib.contextmanager
+def _evaluation(f_theta: Any) -> Iterator[None]:
+    """No dropout inside, and every submodule's mode as it was outside."""
+    training = [m for m in f_theta.modules() if m.training] if isinstance(f_theta, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+def _check_x(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x must be a tensor [B, C, H, W] in [-1, 1] (see sr3fast.upscale for pictures): got {type(x)}"
+        )
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"x must be [B, C, H, W], each at least 1: got {list(x.shape)}")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"x must be real numbers: got {x.dtype}")
+    low, high = (v.item() for v in x.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"x must be finite: got values from {low} to {high}")
+    if not x.is_floating_point() or high > 16:
+        _warn(f"x looks like uint8 (values from {low:g} to {high:g}); SR3 works on [-1, 1]: x / 127.5 - 1")
+    elif 0 <= low < high <= 1:
+        _warn(f"x looks like [0, 1] (values from {low:g} to {high:g}); SR3 works on [-1, 1]: 2 * x - 1")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def _repeat(
+    x: Tensor | None, shape: Sequence[int] | None, n: int
+) -> tuple[Tensor | None, Sequence[int] | None]:
+    """One source n times."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise ValueError(f"samples must be a whole number of at least 2, to have a deviation: got {n!r}")
+    batch = x.shape[0] if isinstance(x, Tensor) and x.ndim == 4 else shape[0] if shape else 1
+    if batch != 1:
+        raise ValueError(f"samples={n} draws from one source: got a batch of {batch}")
+    if isinstance(x, Tensor) and x.ndim == 4:
+        x = x.expand(n, -1, -1, -1)
+    return x, None if shape is None else (n, *shape[1:])
+
+
+def _shape_of(value: Any) -> str:
+    return (
+        str(list(value.shape))
+        if isinstance(value, Tensor)
+        else repr(value)
+        if value is None
+        else str(type(value))
+    )
+
+
+class _NoBar:
+    def update(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Any]:
+    if not shown:
+        yield _NoBar()
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="sampling", unit="step", dynamic_ncols=True) as bar:
+        yield bar
