@@ -1,0 +1,381 @@
+"""A picture in, a larger picture out: any size, any of Pillow's modes, in bounded memory.
+
+picture -> Photo -> x, padded -> Sampler over Tiled(f_theta) -> y_0, cut -> Photo -> picture
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from . import image, weights
+from .sampler import Sampler
+from .sampler import _engine as engine
+from .weights import Model, Target
+
+__all__ = ["Spread", "Tiled", "Trace", "Upscaler", "upscale"]
+
+TILE = 512
+"""Side of a window, at most, where `tile` is not given."""
+UNTILED = 2**20
+"""Pixels up to which a picture goes through the network whole, where `tile` is not given."""
+
+
+class Spread(NamedTuple):
+    """Several samples of one source; where their std is large, the picture is a guess."""
+
+    pictures: list[Image.Image]
+    mean: Image.Image
+    std: Tensor
+    """[C, H, W], in units of [-1, 1], unbiased."""
+
+
+def upscale(
+    picture: Image.Image | str | Path,
+    model: Model | str | Path = "photo-x4",
+    *,
+    scale: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    tile: int | None = None,
+    solver: str | None = None,
+    grid: str | Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    consistency: bool | None = None,
+    samples: int | None = None,
+    trace: Trace | None = None,
+    progress: bool = False,
+) -> Image.Image | Spread:
+    """The picture `scale` times larger, in its mode (palettes become RGB), with its alpha and ICC profile.
+
+    Args:
+        picture: Pillow's image of at least 2 x 2, or a file's path (its EXIF orientation is honoured).
+        model: the name of weights that ship, a folder of weights.save, or a Model.
+        scale: the weights' own by default; one that they do not support is refused.
+        steps, solver, grid: see Sampler; by default what the weights' card says, else 25 steps.
+        seed: the same seed gives the same noise on every device, tiled or not.
+        tile: the largest side of a window, 0 for the whole picture at once; by default windows of at most 512
+            where the result has more than 2^20 pixels.
+        dtype: of the network's arithmetic, float32 by default.
+        device: by default where a Model's parameters are, else the GPU if there is one.
+        consistency: add up(source - down(y_0)), so that the result shrinks to the source.
+        samples: draw this many, with seeds seed, seed + 1, ...; a Spread is returned.
+        trace: receives pictures of y_t on the way.
+        progress: show a bar over the steps.
+
+    Raises:
+        ImageError, ValueError: before any step, a message of one line.
+
+    Use an `Upscaler` for many pictures: it reads the weights once.
+    """
+    options = {"scale": scale, "steps": steps, "tile": tile, "solver": solver, "grid": grid, "dtype": dtype}
+    upscaler = Upscaler(model, device=device, consistency=consistency, **options)  # type: ignore[arg-type]
+    return upscaler(picture, seed, samples=samples, trace=trace, progress=progress)
+
+
+class Upscaler:
+    """`upscale` with its weights and options bound: upscaler(picture, seed) -> picture.
+
+    Attributes:
+        scale: enlargement.
+        channels: of the network, 1 or 3.
+        model, sampler: what it runs.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | Path = "photo-x4",
+        *,
+        scale: float | None = None,
+        steps: int | None = None,
+        tile: int | None = None,
+        solver: str | None = None,
+        grid: str | Sequence[float] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        consistency: bool | None = None,
+    ):
+        if not isinstance(model, Model):
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            model = weights.load(model)
+        if device is not None:
+            model.unet.to(device)
+        unet, card = model.unet, model.card
+        self.model = model
+        self.scale = _scale(model, scale)
+        self.channels = unet.out_channels
+        if self.channels not in (1, 3) or unet.in_channels != 2 * self.channels:
+            raise ValueError(
+                "pictures need a network that makes 1 or 3 channels from as many (Sampler takes any): got "
+                f"{unet.in_channels - unet.out_channels} -> {unet.out_channels}"
+            )
+        self.consistency = card.get("consistency", False) if consistency is None else consistency
+        if solver is None and grid is None:  # the card's solver and grid belong together
+            solver, grid = card.get("solver"), card.get("grid")
+        self.tiled = Tiled(unet, tile, dtype=dtype)
+        self.sampler = Sampler(
+            self.tiled,
+            model.schedule,
+            solver=solver,
+            steps=card.get("steps", 25) if steps is None else steps,
+            grid=grid,
+            level=model.level,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.unet.parameters()).device
+
+    def __call__(
+        self,
+        picture: Image.Image | str | Path,
+        seed: int = 0,
+        *,
+        samples: int | None = None,
+        trace: Trace | None = None,
+        progress: bool = False,
+    ) -> Image.Image | Spread:
+        """See `upscale`."""
+        if samples is not None and samples < 2:
+            raise ValueError(f"samples must be at least 2, to have a deviation: got {samples}")
+        if isinstance(picture, str | Path):
+            picture = image.read(picture)
+        source = image.Photo.of(picture)
+        width, height = self.check(source.size)
+        large = source.resized((width, height))
+        small = source.tensor(self.channels)[None].to(self.device)
+        x = large.tensor(self.channels)[None].to(self.device)
+        padded = image.reflect_pad(x, self.model.unet.multiple)
+
+        y_0s = []
+        for i in range(samples or 1):
+            callback = None
+            if trace is not None and i == 0:
+                callback = trace.start(large, padded, self.model.target, len(self.sampler.table))
+            y_0 = self.sampler(padded, seed + i, callback=callback, progress=progress)
+            y_0 = self.model.target.decode(y_0, padded)[..., :height, :width]
+            if self.consistency:
+                y_0 = y_0 + image.resize(small - image.resize(y_0, small.shape[-2:]), (height, width))
+            y_0s.append(y_0[0].cpu())
+        if samples is None:
+            return large.with_color(y_0s[0])
+        std, mean = torch.std_mean(torch.stack(y_0s), 0)
+        return Spread([large.with_color(y_0) for y_0 in y_0s], large.with_color(mean), std)
+
+    def check(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The result's (width, height) for a source's; ImageError where it is too small or too large."""
+        if min(size) < 2:
+            raise image.ImageError(f"a picture needs at least 2 x 2 pixels: got {size[0]} x {size[1]}")
+        large = (round(size[0] * self.scale), round(size[1] * self.scale))
+        image.check_size(large, f"the result, {self.scale:g} times {size[0]} x {size[1]}")
+        return large
+
+
+def _scale(model: Model, scale: float | None) -> float:
+    if model.scale is None:
+        if scale is None:
+            raise ValueError(
+                "these weights do not say how much they enlarge: give the scale they trained for"
+            )
+        return scale
+    if scale is None:
+        return model.scale
+    supported = model.card.get("scales", [model.scale])
+    if scale not in supported:
+        allowed = " or ".join(f"{s:g}" for s in supported)
+        raise ValueError(f"these weights enlarge {allowed} times: got scale {scale:g}")
+    return scale
+
+
+# ---------------------------------------------------------------------------------------- windows
+
+
+class Tiled(nn.Module):
+    """f_theta on overlapping windows of y_t: eps_hat for a picture of any size, in memory for a few windows.
+
+        eps_hat = sum_k w_k f_theta(x_k, y_k, level),   sum_k w_k = 1 at every pixel
+
+    k runs over the windows; w_k falls from 1 to 0 over the overlap as a squared sine, and stays 0 for the
+    outer eighth, where the network saw its own padding. Because the predictions are blended at every step,
+    over one y_t and one noise field, neighbouring windows agree on what they share, and no seam remains.
+
+    Args:
+        f_theta: a UNet, or any network that takes (x, y_t, level).
+        tile: the largest side of a window, 0 for none; by default 512 for more than 2^20 pixels.
+        batch: windows that go through the network together; by default 1 on a CPU and 8 elsewhere.
+        dtype: of the network's input and arithmetic; by default that of the parameters.
+
+    It has the interface of the engine (`start`), so a Sampler runs it as it runs a network.
+    """
+
+    def __init__(
+        self,
+        f_theta: nn.Module,
+        tile: int | None = None,
+        *,
+        batch: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.f_theta = f_theta
+        self.multiple = getattr(f_theta, "multiple", 1)
+        least = 8 * max(self.multiple, 2)
+        if tile and tile < least:
+            raise ValueError(f"tile must be 0 (none) or at least {least} for this network: got {tile}")
+        if batch is not None and batch < 1:
+            raise ValueError(f"batch must be at least 1: got {batch}")
+        self.tile, self.batch = tile, batch
+        self.engine = engine(f_theta, dtype, "auto")
+        if hasattr(f_theta, "variant"):
+            self.variant = f_theta.variant
+        if hasattr(f_theta, "out_channels"):
+            self.out_channels = f_theta.out_channels
+
+    def forward(self, x: Tensor, y_t: Tensor, level: Tensor) -> Tensor:
+        """eps_hat of y_t's shape; level [B, 1] or [B], the same for the whole batch."""
+        run = self.start(x, y_t.shape, level.flatten()[:1])
+        run.into.copy_(y_t)
+        return run(0)
+
+    def start(self, x: Tensor, shape: Sequence[int], levels: Tensor) -> nn.Module | _TiledRun:
+        """A run over `levels` [N] for y of `shape` [B, C, H, W], its sides multiples of the network's."""
+        H, W = shape[2:]
+        tile = self.tile
+        if tile is None:
+            tile = TILE if H * W > UNTILED else 0
+        if not tile or tile >= max(H, W):
+            return self.engine.start(x, shape, levels)
+        return _TiledRun(self, tile, x, shape, levels)
+
+
+class _TiledRun:
+    def __init__(self, tiled: Tiled, tile: int, x: Tensor, shape: Sequence[int], levels: Tensor):
+        B, C, H, W = shape
+        tops, row_weights = windows(H, tile, tiled.multiple)
+        lefts, column_weights = windows(W, tile, tiled.multiple)
+        h, w = row_weights.shape[1], column_weights.shape[1]
+        self.windows = [
+            (
+                (slice(b, b + 1), slice(None), slice(top, top + h), slice(left, left + w)),
+                (row[:, None] * column).to(x.device),
+            )
+            for b in range(B)
+            for top, row in zip(tops, row_weights, strict=True)
+            for left, column in zip(lefts, column_weights, strict=True)
+        ]
+        most = tiled.batch or (1 if x.device.type == "cpu" else 8)
+        calls = math.ceil(len(self.windows) / most)
+        self.batch = math.ceil(len(self.windows) / calls)
+        self.x = x
+        self.into = torch.empty(tuple(shape), device=x.device)
+        self.eps_hat = torch.empty(tuple(shape), device=x.device)
+        first = x.new_empty(self.batch, x.shape[1], h, w)
+        self.run = tiled.engine.start(first, (self.batch, C, h, w), levels)
+
+    def __call__(self, i: int) -> Tensor:
+        self.eps_hat.zero_()
+        for start in range(0, len(self.windows), self.batch):
+            group = self.windows[start : start + self.batch]
+            for k, (place, _) in enumerate(group):
+                self.run.x[k : k + 1].copy_(self.x[place])
+                self.run.into[k : k + 1].copy_(self.into[place])
+            for eps_hat, (place, weight) in zip(self.run(i), group):  # noqa: B905  the last group may be smaller
+                self.eps_hat[place] += weight * eps_hat
+        return self.eps_hat
+
+
+def windows(length: int, tile: int, multiple: int = 1) -> tuple[list[int], Tensor]:
+    """Where the windows begin along one side, and their weights float32 [n, window], of sum 1 at every pixel.
+
+    As few windows as overlap by an eighth of `tile`, then as short as they can be; length, window and starts
+    are multiples of `multiple`, so that a network that halves its input sees each pixel in the same phase.
+    """
+    if length <= tile:
+        return [0], torch.ones(1, length)
+    tile = tile // multiple * multiple
+    overlap = math.ceil(max(tile / 8, 4) / multiple) * multiple
+    n = math.ceil((length - overlap) / (tile - overlap))
+    window = math.ceil((length + (n - 1) * overlap) / n / multiple) * multiple
+    starts = [round(i * (length - window) / (n - 1) / multiple) * multiple for i in range(n)]
+    weights = torch.ones(n, window, dtype=torch.float64)
+    for i in range(n - 1):
+        shared = starts[i] + window - starts[i + 1]
+        margin = math.ceil(shared / 8)
+        ramp = (torch.arange(shared, dtype=torch.float64) + 0.5 - margin) / (shared - 2 * margin)
+        ramp = torch.sin(math.pi / 2 * ramp.clamp(0, 1)).square()
+        weights[i, window - shared :] *= 1 - ramp
+        weights[i + 1, :shared] *= ramp
+    return starts, weights.float()
+
+
+# ------------------------------------------------------------------------------------------- trace
+
+
+class Trace:
+    """Pictures of y_t on the way from noise to picture, evenly spaced over the steps.
+
+    trace = Trace(); upscale(picture, trace=trace); trace.save("strip.png")
+
+    For a residual target, what is shown is x plus the noisy residual.
+
+    Args:
+        frames: how many, the noise and the result among them.
+        side: longer frames are shrunk to this.
+    """
+
+    def __init__(self, frames: int = 8, side: int = 384):
+        if frames < 2:
+            raise ValueError(f"a trace needs at least 2 frames: got {frames}")
+        self.frames = frames
+        self.side = side
+        self.pictures: list[Image.Image] = []
+
+    def start(self, large: image.Photo, x: Tensor, target: Target, steps: int) -> Callable[..., None]:
+        """The Sampler's callback for a run of so many steps towards `large`, whose padded source is x."""
+        self.pictures = []
+        wanted = {round(i * (steps - 1) / (self.frames - 1)) for i in range(self.frames)}
+
+        def callback(step: int, y: Tensor, y_0_hat: Tensor) -> None:
+            if step in wanted:
+                self.pictures.append(self._frame(target.decode(y, x)[0], large.size))
+
+        return callback
+
+    def _frame(self, values: Tensor, size: tuple[int, int]) -> Image.Image:
+        frame = image.to_picture(values[:, : size[1], : size[0]])
+        shrink = max(size) / self.side
+        return frame if shrink <= 1 else image.bicubic(frame, _at_least_1(size[0] / shrink, size[1] / shrink))
+
+    def strip(self, gap: int = 4) -> Image.Image:
+        """The frames side by side on white."""
+        return beside(self.pictures, gap)
+
+    def save(self, path: str | Path, duration: int = 160) -> None:
+        """An animation where the suffix is .gif or .webp, `duration` milliseconds a frame, else a strip."""
+        if Path(path).suffix.lower() not in (".gif", ".webp"):
+            return image.write(self.strip(), path)
+        first, *others = self.pictures
+        durations = [duration] * len(others) + [10 * duration]
+        image.write(first, path, save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def beside(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """Pictures of one height in a row, on white."""
+    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
+    row = Image.new("RGB", (width, pictures[0].height), "white")
+    left = 0
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        left += picture.width + gap
+    return row
+
+
+def _at_least_1(width: float, height: float) -> tuple[int, int]:
+    return max(round(width), 1), max(round(height), 1)

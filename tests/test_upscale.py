@@ -1,0 +1,299 @@
+"""Pictures of any size and mode through the network, whole and in windows."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from sr3fast import image
+from sr3fast.sampler import Sampler
+from sr3fast.schedule import Schedule
+from sr3fast.unet import UNet
+from sr3fast.upscale import Spread, Tiled, Trace, Upscaler, upscale, windows
+from sr3fast.weights import Model, Target
+
+SCHEDULE = Schedule.named("linear", T=200, start=1e-4, end=5e-2)
+
+
+def unet(channels=3, **options):
+    torch.manual_seed(0)
+    config = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4, "dropout": 0.0}
+    net = UNet(**config | {"in_channels": 2 * channels, "out_channels": channels, "image_size": 32} | options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return net.eval().requires_grad_(False)
+
+
+def model(channels=3, **options):
+    fields = {"target": Target("residual", 4.0), "scale": 4, "level": "sqrt_gamma", "card": {"steps": 3}}
+    return Model(unet=unet(channels), schedule=SCHEDULE, **fields | options)
+
+
+def blobs(width, height, channels=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = image.resize(0.8 * torch.randn(channels, 4, 5, generator=generator), (height, width))
+    return image.to_picture(values.clamp(-1, 1))
+
+
+def array(picture):
+    return np.asarray(picture).astype(np.float64)
+
+
+# Windows
+
+
+@pytest.mark.parametrize("length", [4, 60, 64, 68, 124, 256, 1000, 2400])
+@pytest.mark.parametrize(("tile", "multiple"), [(64, 4), (32, 4), (100, 4), (512, 8), (64, 1)])
+def test_windows_cover_the_side_and_their_weights_sum_to_one(length, tile, multiple):
+    length = -(-length // multiple) * multiple
+    starts, weights = windows(length, tile, multiple)
+    n, window = weights.shape
+    assert len(starts) == n and window <= tile and window % multiple == 0
+    assert starts[0] == 0 and starts[-1] + window == length and all(s % multiple == 0 for s in starts)
+    total = torch.zeros(length, dtype=torch.float64)
+    for start, weight in zip(starts, weights, strict=True):
+        total[start : start + window] += weight
+    assert (total - 1).abs().max() <= 2**-23
+    overlaps = [a + window - b for a, b in pairwise(starts)]
+    assert all(overlap >= max(tile // 8, 4) for overlap in overlaps)
+    # where a window begins inside the picture it saw its own padding: no weight there
+    assert all(
+        weight[: -(-overlap // 8)].sum() == 0 for weight, overlap in zip(weights[1:], overlaps, strict=True)
+    )
+
+
+def test_no_more_windows_than_needed():
+    starts, weights = windows(2400, 512, 8)
+    assert len(starts) == 6 and weights.shape[1] == 456  # (2400 + 5 * 64) / 6, rounded up to a multiple of 8
+
+
+class Local(nn.Module):
+    """A convolution that sees 3 x 3 pixels, and the level."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Conv2d(6, 3, 3, padding=1)
+        self.requires_grad_(False)
+
+    def forward(self, x, y_t, level):
+        return self.conv(torch.cat([x, y_t], 1)) * (1 + level.reshape(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("batch", [None, 1, 3, 64])
+def test_a_local_network_gives_the_same_in_windows_to_rounding(batch):
+    """Where the overlap is wider than what the network sees, windows change nothing but the rounding."""
+    x, y_t = torch.randn(2, 2, 3, 90, 131, generator=torch.Generator().manual_seed(2))
+    level = torch.full((2, 1), 0.3)
+    net = Local()
+    whole = net(x, y_t, level)
+    tiled = Tiled(net, 40, batch=batch)(x, y_t, level)
+    exact = net.double()(x.double(), y_t.double(), level.double())
+    limit = 2 * (whole - exact).abs().max() + 2**-23 * exact.abs().max()
+    assert (tiled - exact).abs().max() <= limit
+
+
+def test_a_tiled_run_of_the_sampler_is_the_whole_one_for_a_local_network():
+    """Noise and state are global: the same picture after all steps."""
+    x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
+    whole = Sampler(Local(), SCHEDULE, steps=4, solver="sde-dpm++2m")(x, 5)
+    tiled = Sampler(Tiled(Local(), 40), SCHEDULE, steps=4, solver="sde-dpm++2m")(x, 5)
+    assert whole.std() > 0.1
+    assert (tiled - whole).abs().max() <= 1e-5
+
+
+def test_every_window_gets_its_own_level_and_source():
+    """Rows of a run differ by their level, windows by their x: nothing is left from the one before."""
+
+    class Echo(nn.Module):
+        def forward(self, x, y_t, level):
+            return x * level.reshape(-1, 1, 1, 1) + 0 * y_t
+
+    x = torch.randn(1, 3, 80, 72, generator=torch.Generator().manual_seed(4))
+    run = Tiled(Echo(), 32, batch=2).start(x, x.shape, torch.tensor([0.5, 0.25]))
+    run.into.zero_()
+    for i, level in ((0, 0.5), (1, 0.25), (0, 0.5)):
+        assert (run(i) - level * x).abs().max() < 1e-6
+
+
+def test_a_unet_in_windows_leaves_no_seam():
+    """GroupNorm sees a window's statistics, not the picture's, so results differ a little, but not at seams.
+
+    Along the columns where one window begins or ends inside the picture, neighbouring pixels of the
+    difference between tiled and whole differ no more than elsewhere.
+    """
+    picture = blobs(48, 40)
+    whole = array(upscale(picture, model(), tile=0, seed=3))
+    tiled = array(upscale(picture, model(), tile=64, seed=3))
+    assert np.abs(tiled - whole).mean() < 4  # of 255
+    starts, weights = windows(192, 64, 2)
+    step = np.abs(np.diff(tiled - whole, axis=1)).mean((0, 2))
+    edges = [s - 1 for s in starts[1:]] + [s + weights.shape[1] - 1 for s in starts[:-1]]
+    assert step[edges].mean() <= 1.5 * step.mean() + 0.1
+
+
+def test_tile_is_checked():
+    with pytest.raises(ValueError, match=r"tile must be 0 \(none\) or at least 16 for this network: got 8"):
+        Tiled(unet(), 8)
+    with pytest.raises(ValueError, match=r"tile must be 0 \(none\) or at least 16 for this network: got -1"):
+        Tiled(Local(), -1)
+    with pytest.raises(ValueError, match="batch must be at least 1: got 0"):
+        Tiled(Local(), batch=0)
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 17), (16, 16), (13, 9)])
+def test_any_size(size):
+    result = upscale(blobs(*size), model())
+    assert result.size == (4 * size[0], 4 * size[1]) and result.mode == "RGB"
+
+
+def test_the_result_is_the_samplers_own():
+    """upscale is bicubic, padding, Sampler, decode, cut: written out here."""
+    picture = blobs(11, 9)
+    m = model()
+    x = image.to_tensor(picture.resize((44, 36), Image.Resampling.BICUBIC))[None]
+    y_0 = Sampler(m.unet, SCHEDULE, steps=3)(x, 7)
+    expected = image.to_picture(m.target.decode(y_0, x)[0])
+    assert np.array_equal(array(upscale(picture, m, seed=7)), array(expected))
+    assert not np.array_equal(array(upscale(picture, m, seed=8)), array(expected))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode(mode):
+    source = blobs(12, 10)
+    if mode in ("LA", "RGBA"):
+        source.putalpha(blobs(12, 10, 1, seed=1))
+    if mode == "I;16":
+        source = Image.fromarray((array(blobs(12, 10, 1)) * 256 + 77).astype(np.uint16))
+    source = source.convert(mode)
+    result = upscale(source, model(), steps=2)
+    kept = {"1": "L", "P": "RGB", "CMYK": "RGB"}.get(mode, mode)
+    assert result.mode == kept and result.size == (48, 40)
+    if "A" in kept:
+        alpha = source.getchannel("A").resize((48, 40), Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(result.getchannel("A")), np.asarray(alpha))
+    if kept == "I;16":
+        assert len(np.unique(np.asarray(result) & 255)) > 100
+        plane = Image.fromarray(array(source).astype(np.float32)).resize((48, 40), Image.Resampling.BICUBIC)
+        assert np.abs(array(result) - array(plane)).mean() < 65535 / 8
+
+
+def test_a_gray_picture_through_a_gray_network():
+    result = upscale(blobs(8, 8, 1), model(channels=1))
+    assert result.mode == "L" and result.size == (32, 32)
+    with pytest.raises(image.ImageError, match="network of 1 channels cannot take a picture of 3"):
+        upscale(blobs(8, 8), model(channels=1))
+
+
+def test_icc_profile_is_kept():
+    picture = blobs(8, 8)
+    picture.info["icc_profile"] = b"a profile"
+    assert upscale(picture, model()).info["icc_profile"] == b"a profile"
+
+
+def test_exif_orientation_of_a_file(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    blobs(12, 8).save(tmp_path / "turned.png", exif=exif)
+    assert upscale(tmp_path / "turned.png", model()).size == (32, 48)
+
+
+def test_consistency_adds_what_the_source_lacks():
+    """y_0 + up(source - down(y_0)): the result's mean is the source's, and it shrinks to something nearer."""
+    picture = blobs(14, 11)
+    m = model()
+
+    def error(result):
+        small = array(result.resize(picture.size, Image.Resampling.BICUBIC))
+        return np.abs(small - array(picture)).mean()
+
+    loose, tight = (upscale(picture, m, consistency=c) for c in (False, True))
+    assert error(tight) < 0.7 * error(loose)
+    source, x = image.to_tensor(picture)[None], image.to_tensor(image.bicubic(picture, (56, 44)))[None]
+    y_0 = m.target.decode(Sampler(m.unet, SCHEDULE, steps=3)(x), x)
+    expected = y_0 + image.resize(source - image.resize(y_0, (11, 14)), (44, 56))
+    assert np.array_equal(array(tight), array(image.to_picture(expected[0])))
+
+
+def test_samples_are_the_pictures_of_their_seeds():
+    picture = blobs(9, 8)
+    spread = upscale(picture, model(), seed=4, samples=3)
+    assert isinstance(spread, Spread)
+    each = [upscale(picture, model(), seed=4 + i) for i in range(3)]
+    assert all(np.array_equal(array(a), array(b)) for a, b in zip(spread.pictures, each, strict=True))
+    stack = np.stack([array(p) for p in each])
+    assert spread.std.shape == (3, 32, 36)
+    inside = (stack > 0).all(0) & (stack < 255).all(0)  # 8 bits clamp
+    std = stack.std(0, ddof=1).transpose(2, 0, 1) / 127.5
+    assert np.abs(std - spread.std.numpy())[inside.transpose(2, 0, 1)].max() < 2 / 127.5
+    assert np.abs(array(spread.mean) - stack.mean(0))[inside].max() <= 1.01
+    with pytest.raises(ValueError, match="samples"):
+        upscale(picture, model(), samples=1)
+
+
+def test_scale_and_card():
+    assert upscale(blobs(8, 8), model(scale=None), scale=2).size == (16, 16)
+    assert upscale(blobs(8, 8), model(card={"steps": 2, "scales": [2, 4]}), scale=2).size == (16, 16)
+    with pytest.raises(ValueError, match="these weights enlarge 4 times: got scale 3"):
+        upscale(blobs(8, 8), model(), scale=3)
+    with pytest.raises(ValueError, match="give the scale"):
+        upscale(blobs(8, 8), model(scale=None))
+    assert len(Upscaler(model()).sampler.table) == 3
+    assert len(Upscaler(model(), steps=5).sampler.table) == 5
+    assert len(Upscaler(model(card={})).sampler.table) == 25
+
+
+def test_what_cannot_be_done_is_refused_before_any_step():
+    net = model()
+    calls = []
+    net.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(image.ImageError, match="at least 2 x 2 pixels: got 1 x 1"):
+        upscale(blobs(1, 1), net)
+    with pytest.raises(image.ImageError, match="4 times 5000 x 4000: 20000 x 16000 is 320 million pixels"):
+        Upscaler(net).check((5000, 4000))
+    with pytest.raises(ValueError, match="1 or 3 channels from as many"):
+        Upscaler(replace(net, unet=unet(in_channels=4, out_channels=3)))
+    with pytest.raises(ValueError, match="steps"):
+        upscale(blobs(8, 8), net, steps=0)
+    assert not calls
+
+
+# Trace
+
+
+def test_trace_goes_from_noise_to_the_result(tmp_path):
+    trace = Trace(frames=4)
+    result = upscale(blobs(13, 9), model(), steps=10, trace=trace)
+    assert [p.size for p in trace.pictures] == [(52, 36)] * 4
+    assert np.array_equal(array(trace.pictures[-1]), array(result))
+    distance = [np.abs(array(p) - array(result)).mean() for p in trace.pictures]
+    assert distance == sorted(distance, reverse=True) and distance[0] > 5
+    strip = trace.strip(gap=4)
+    assert strip.size == (4 * 52 + 3 * 4, 36)
+    assert np.array_equal(array(strip)[:, -52:], array(result))
+    trace.save(tmp_path / "strip.png")
+    assert np.array_equal(array(Image.open(tmp_path / "strip.png")), array(strip))
+    for suffix in ("gif", "webp"):
+        trace.save(tmp_path / f"process.{suffix}")
+        assert Image.open(tmp_path / f"process.{suffix}").n_frames == 4
+
+
+def test_trace_shrinks_long_frames():
+    trace = Trace(frames=2, side=20)
+    upscale(blobs(16, 8), model(), trace=trace)
+    assert trace.pictures[0].size == (20, 10)
+    assert math.isclose(20 / 10, 16 / 8)
+
+
+def test_progress_bar_counts_the_steps(capsys):
+    upscale(blobs(4, 4), model(), progress=True)
+    assert "3/3" in capsys.readouterr().err
