@@ -2,8 +2,8 @@
 
     eps_hat = f_theta(x, y_t, level)
 
-It is the U-Net that Janspiry's SR3 code trains, so the weights people have fit it. engine.py holds the inference
-form of the same function.
+It is the U-Net that Janspiry's SR3 code trains, so the weights people have fit it. engine.py holds the
+inference form of the same function.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sr3fast import ops
+from . import ops
 
 VARIANTS = ("sr3", "ddpm")
 
@@ -26,7 +26,8 @@ Pair = tuple[Tensor, Tensor]
 def sinusoid(level: Tensor, channels: int) -> Tensor:
     """[sin(level f_i), cos(level f_i)], f_i = 10000^(-i/n), i = 0..n-1, n = channels/2.
 
-    level: [B] or [B, 1], any dtype; returns float32 [B, channels]. No scale factor: sqrt(gamma) enters as it is.
+    level: [B] or [B, 1], any dtype; returns float32 [B, channels]. No scale factor: sqrt(gamma) enters as
+    it is.
     """
     n = channels // 2
     i = torch.arange(n, dtype=torch.float32, device=level.device)
@@ -49,7 +50,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """skip(h) + conv2(dropout(act(norm2(conv1(act(norm1(h))) + noise(e))))), then attention where the level has it.
+    """skip(h) + conv2(dropout(act(norm2(conv1(act(norm1(h))) + noise(e))))), then attention where there is one.
 
     h: [B, in_channels, H, W], or a pair of tensors that is read as its concatenation; e: [B, channels of the
     embedding], already through SiLU in the ddpm variant. Returns [B, out_channels, H, W].
@@ -90,7 +91,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """h + out(softmax(q k^T / sqrt(C)) v) over the H W positions, one head, q, k, v = thirds of qkv(norm(h))."""
+    """h + out(softmax(q k^T / sqrt(C)) v) over the H W positions, one head; q, k, v: thirds of qkv(norm(h))."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class UNet(nn.Module):
     in_channels    channels of x plus channels of y_t (equal to out_channels: unconditional)
     out_channels   channels of y_t and of eps_hat
     variant        "sr3": level is sqrt(gamma) (or gamma, as it was trained), float [B, 1]
-                   "ddpm": level is the integer index 0..T-1 of the noise level (the paper's t, less one), int64 [B]
+                   "ddpm": level is the index 0..T-1 into betas (the paper's t, less one), int64 [B]
 
     The defaults are the network of Janspiry's sr_sr3_16_128, 97.8 M parameters.
     Source: arXiv:2104.07636, as in Janspiry/Image-Super-Resolution-via-Iterative-Refinement.
@@ -219,8 +220,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor | None, y_t: Tensor, level: Tensor) -> Tensor:
         """eps_hat, [B, Cy, H, W] in the dtype of the weights (of autocast, where it is on).
 
-        x:     [B, in_channels - out_channels, H, W], the source at the target's size; None for an unconditional
-               network
+        x:     [B, in_channels - out_channels, H, W], the source at the target's size; None for an
+               unconditional network
         y_t:   [B, out_channels, H, W], sides a multiple of `self.multiple` = 2^(levels - 1)
         level: float [B, 1] (variant "sr3") or int64 [B] (variant "ddpm")
         """
@@ -248,7 +249,7 @@ class UNet(nn.Module):
         B, _, H, W = y_t.shape
         if H % self.multiple or W % self.multiple or H == 0 or W == 0:
             raise ValueError(
-                f"the sides must be multiples of 2^(levels - 1) = {self.multiple}: got H={H}, W={W} (pad the input)"
+                f"the sides must be multiples of 2^(levels - 1) = {self.multiple}: got H={H}, W={W}"
             )
         if x is None and Cx:
             raise ValueError(f"x is missing: this network is conditional, it reads x of [B, {Cx}, H, W]")
@@ -268,7 +269,8 @@ class UNet(nn.Module):
                 )
         elif tuple(level.shape) != (B,) or level.dtype != torch.int64:
             raise ValueError(
-                f"level must be an int64 tensor {[B]} (variant 'ddpm'): got {list(level.shape)} of {level.dtype}"
+                f"level must be an int64 tensor {[B]} (variant 'ddpm'): "
+                f"got {list(level.shape)} of {level.dtype}"
             )
 
 
