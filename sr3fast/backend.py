@@ -12,7 +12,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ OPS = (
     "group_norm_silu_backward",
 )
 HOMES = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}  # device -> homes, best first
-MODULES = {
+MODULES = {  # a module, or a function that gives its like
     "torch": "sr3fast.reference",
-    "cpp": "sr3fast.native.cpp",
-    "cuda": "sr3fast.native.cuda",
+    "cpp": "sr3fast.native:cpp",
+    "cuda": "sr3fast.native:cuda",
     "triton": "sr3fast.kernels",
 }
 
@@ -55,12 +55,15 @@ def _check_home(home: str) -> str:
 
 
 @functools.cache
-def load(home: str) -> ModuleType | str:
-    """The module of a home, or the reason why it is not there."""
+def load(home: str) -> Any:
+    """The module of a home, or the reason (a str) why it is not there."""
+    name, _, function = MODULES[home].partition(":")
     try:
-        module = importlib.import_module(MODULES[home])
-    except (ImportError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
+        module = importlib.import_module(name)
+        if function:
+            module = getattr(module, function)()
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error)
     refusal = getattr(module, "refusal", lambda: None)()
     return refusal if refusal is not None else module
 
@@ -101,7 +104,7 @@ def _runs_on(home: str, device: str) -> bool:
     return home == "torch" or home in HOMES.get(device, ())
 
 
-def _implementation(module: ModuleType, home: str, op: str) -> Implementation:
+def _implementation(module: Any, home: str, op: str) -> Implementation:
     function = getattr(module, op)
     if home != "torch":
         return function

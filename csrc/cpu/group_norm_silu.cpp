@@ -1,0 +1,554 @@
+// group_norm_silu on the CPU, forward and backward, NCHW and channels_last.
+//
+// Moments are kept per (sample, channel) as (mean, M2), block by block from the first-level cache, and merged
+// by Chan's formula: no E[h^2] - E[h]^2, a shift only moves the mean, and a pair costs nothing. NCHW gives a
+// thread whole groups; channels_last splits a sample's pixels between the threads.
+#include <cmath>
+#include <cstdlib>
+
+#include "../common/moments.h"
+#include "../common/ops.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace sr3fast::cpu::SR3FAST_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096;  // elements of a block: 16 KB of float32
+constexpr int kUnroll = 4;
+
+template <class T>
+class Buffer {
+ public:
+  SR3FAST_INLINE explicit Buffer(int64_t n) : data_(static_cast<T*>(std::calloc(n > 0 ? n : 1, sizeof(T)))) {}
+  SR3FAST_INLINE ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  SR3FAST_INLINE T& operator[](int64_t i) const { return data_[i]; }
+  SR3FAST_INLINE T* at(int64_t i) const { return data_ + i; }
+
+ private:
+  T* data_;
+};
+
+// The pair (h, h2) as one tensor: where channel c of sample b lives.
+template <class T>
+struct Pair {
+  const T *first, *second;
+  int64_t c1, channels, hw;
+
+  SR3FAST_INLINE Pair(const Norm& norm)
+      : first(static_cast<const T*>(norm.h.data)),
+        second(static_cast<const T*>(norm.h2.data)),
+        c1(norm.h.size[1]),
+        channels(norm.h.size[1] + (norm.h2 ? norm.h2.size[1] : 0)),
+        hw(norm.h.size[2] * norm.h.size[3]) {}
+  SR3FAST_INLINE const T* plane(int64_t b, int64_t c) const {
+    return c < c1 ? first + (b * c1 + c) * hw : second + (b * (channels - c1) + c - c1) * hw;
+  }
+};
+
+// What normalises one channel: n = ((h + shift) - mean) rstd weight + bias = (h - mean_h) scale + bias.
+struct Affine {
+  float mean, scale, bias;
+};
+
+SR3FAST_INLINE Affine affine(const Norm& norm, int64_t b, int64_t c, int64_t channels, float mean, float rstd) {
+  const float shift = norm.shift ? read(norm.shift, b * channels + c) : 0.0f;
+  return {mean - shift, rstd * read(norm.weight, c), read(norm.bias, c)};
+}
+
+template <bool silu>
+SR3FAST_INLINE Floats activate(Floats n) {
+  return silu ? n * sigmoid(n) : n;
+}
+
+// d silu(n)/dn
+SR3FAST_INLINE Floats silu_slope(Floats n) {
+  const Floats s = sigmoid(n);
+  return s + n * s * (1.0f - s);
+}
+
+// f(index, vector) over n elements; the last, short vector is padded with `pad`.
+template <class T>
+SR3FAST_INLINE Floats load_some(const T* p, int64_t n, float pad) {
+  if (n >= kLanes) return load(p);
+  Floats v = all(pad);
+  for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+template <class T>
+SR3FAST_INLINE void store_some(T* p, int64_t n, Floats v) {
+  if (n >= kLanes) return store(p, v);
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+}
+
+// Moments of a contiguous stretch.
+template <class T>
+SR3FAST_INLINE Moments moments_of(const T* p, int64_t n) {
+  Moments total;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = n - begin < kBlock ? n - begin : kBlock;
+    const T* q = p + begin;
+    const int64_t whole = count / (kUnroll * kLanes) * (kUnroll * kLanes);
+    Floats sums[kUnroll] = {};
+    for (int64_t i = 0; i < whole; i += kUnroll * kLanes)
+      for (int u = 0; u < kUnroll; ++u) sums[u] += load(q + i + u * kLanes);
+    for (int64_t i = whole; i < count; i += kLanes) sums[0] += load_some(q + i, count - i, 0.0f);
+    const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(count);
+    Floats squares[kUnroll] = {};
+    for (int64_t i = 0; i < whole; i += kUnroll * kLanes)
+      for (int u = 0; u < kUnroll; ++u) {
+        const Floats d = load(q + i + u * kLanes) - mean;
+        squares[u] += d * d;
+      }
+    for (int64_t i = whole; i < count; i += kLanes) {
+      const Floats d = load_some(q + i, count - i, mean) - mean;
+      squares[0] += d * d;
+    }
+    total.merge({static_cast<float>(count), mean, sum((squares[0] + squares[1]) + (squares[2] + squares[3]))});
+  }
+  return total;
+}
+
+// s = h + shift + residual, rounded to T; returns nothing else: the statistics read s.
+template <class T>
+SR3FAST_INLINE void add_plane(T* s, const T* h, const T* residual, float shift, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Floats v = (load_some(h + i, n - i, 0.0f) + shift) + load_some(residual + i, n - i, 0.0f);
+    store_some(s + i, n - i, v);
+  }
+}
+
+template <bool silu, class T>
+SR3FAST_INLINE void normalise_plane(T* out, const T* h, int64_t n, Affine a) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(out + i, activate<silu>((load(h + i) - a.mean) * a.scale + a.bias));
+  if (i < n) store_some(out + i, n - i, activate<silu>((load_some(h + i, n - i, 0.0f) - a.mean) * a.scale + a.bias));
+}
+
+// ---------------------------------------------------------------------------------------------- forward, NCHW
+
+template <bool silu, class T>
+void forward_nchw(T* out, T* s, float* mean, float* rstd, const Norm& norm, Exec exec) {
+  const Pair<T> h(norm);
+  const int64_t B = norm.h.size[0], C = h.channels, HW = h.hw, D = C / norm.groups;
+  parallel_ranges(threads_for(exec.threads, B * C * HW), B * norm.groups, [&](int64_t begin, int64_t end) {
+    for (int64_t bg = begin; bg < end; ++bg) {
+      const int64_t b = bg / norm.groups, first = bg % norm.groups * D;
+      Moments group;
+      for (int64_t c = first; c < first + D; ++c) {
+        const T* plane = h.plane(b, c);
+        const float shift = norm.shift ? read(norm.shift, b * C + c) : 0.0f;
+        Moments channel;
+        if (s) {
+          T* sum_plane = s + (b * C + c) * HW;
+          add_plane(sum_plane, plane, static_cast<const T*>(norm.residual.data) + (b * C + c) * HW, shift, HW);
+          channel = moments_of(sum_plane, HW);
+        } else {
+          channel = moments_of(plane, HW);
+          channel.mean += shift;
+        }
+        group.merge(channel);
+      }
+      mean[bg] = group.mean;
+      rstd[bg] = group.rstd(norm.eps);
+      for (int64_t c = first; c < first + D; ++c) {
+        Affine a = affine(norm, b, c, C, mean[bg], rstd[bg]);
+        if (s) a.mean = mean[bg];
+        normalise_plane<silu>(out + (b * C + c) * HW, s ? s + (b * C + c) * HW : h.plane(b, c), HW, a);
+      }
+    }
+  });
+}
+
+// -------------------------------------------------------------------------------------- forward, channels_last
+
+// One side of the pair in channels_last: pixels of `channels` channels that are channels first .. of the whole.
+template <class T>
+struct Side {
+  const T* data;
+  int64_t channels, first;
+};
+
+template <class T>
+struct Sides {
+  Side<T> side[2];
+  int count;
+  SR3FAST_INLINE Sides(const Norm& norm)
+      : side{{static_cast<const T*>(norm.h.data), norm.h.size[1], 0},
+             {static_cast<const T*>(norm.h2.data), norm.h2.size[1], norm.h.size[1]}},
+        count(norm.h2 ? 2 : 1) {}
+};
+
+// Merges the moments of `pixels` pixels of channels-last data into mean[c], m2[c] that hold `seen` pixels.
+template <class T>
+SR3FAST_INLINE void merge_pixels(const T* p, int64_t channels, int64_t pixels, float* mean, float* m2, int64_t seen) {
+  const float n = static_cast<float>(pixels), total = static_cast<float>(seen + pixels);
+  constexpr int kWide = 4;  // vectors of channels side by side: independent sums
+  for (int64_t c0 = 0; c0 < channels; c0 += kWide * kLanes) {
+    const int64_t left = channels - c0;
+    const int wide = static_cast<int>(left >= kWide * kLanes ? kWide : (left + kLanes - 1) / kLanes);
+    Floats sums[kWide] = {}, squares[kWide] = {};
+    if (left >= kWide * kLanes) {
+      for (int64_t i = 0; i < pixels; ++i)
+        for (int u = 0; u < kWide; ++u) sums[u] += load(p + i * channels + c0 + u * kLanes);
+      for (int u = 0; u < kWide; ++u) sums[u] /= n;
+      for (int64_t i = 0; i < pixels; ++i)
+        for (int u = 0; u < kWide; ++u) {
+          const Floats d = load(p + i * channels + c0 + u * kLanes) - sums[u];
+          squares[u] += d * d;
+        }
+    } else {
+      for (int u = 0; u < wide; ++u) {
+        const int64_t c = c0 + u * kLanes;
+        for (int64_t i = 0; i < pixels; ++i) sums[u] += load_some(p + i * channels + c, channels - c, 0.0f);
+        sums[u] /= n;
+        for (int64_t i = 0; i < pixels; ++i) {
+          const Floats d = load_some(p + i * channels + c, channels - c, 0.0f) - sums[u];
+          squares[u] += d * d;
+        }
+      }
+    }
+    for (int u = 0; u < wide; ++u) {
+      const int64_t c = c0 + u * kLanes;
+      const Floats old = load_some(mean + c, channels - c, 0.0f);
+      const Floats delta = sums[u] - old;
+      store_some(mean + c, channels - c, old + delta * (n / total));
+      store_some(m2 + c, channels - c,
+                 load_some(m2 + c, channels - c, 0.0f) + squares[u] + delta * delta * (static_cast<float>(seen) * n / total));
+    }
+  }
+}
+
+template <bool silu, class T>
+SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, int64_t channels, int64_t pixels,
+                                     const float* mean, const float* scale, const float* bias) {
+  int64_t c = 0;
+  constexpr int kWide = 4;
+  for (; c + kWide * kLanes <= channels; c += kWide * kLanes) {
+    Floats means[kWide], scales[kWide], biases[kWide];
+    for (int u = 0; u < kWide; ++u) {
+      means[u] = load(mean + c + u * kLanes);
+      scales[u] = load(scale + c + u * kLanes);
+      biases[u] = load(bias + c + u * kLanes);
+    }
+    for (int64_t i = 0; i < pixels; ++i)
+      for (int u = 0; u < kWide; ++u) {
+        const Floats v = load(h + i * channels + c + u * kLanes);
+        store(out + i * out_channels + c + u * kLanes, activate<silu>((v - means[u]) * scales[u] + biases[u]));
+      }
+  }
+  for (; c < channels; c += kLanes) {
+    const int64_t left = channels - c;
+    const Floats m = load_some(mean + c, left, 0.0f), k = load_some(scale + c, left, 0.0f),
+                 b = load_some(bias + c, left, 0.0f);
+    for (int64_t i = 0; i < pixels; ++i)
+      store_some(out + i * out_channels + c, left,
+                 activate<silu>((load_some(h + i * channels + c, left, 0.0f) - m) * k + b));
+  }
+}
+
+// Threads of a sample: all of them, or, where the batch gives each its own, one.
+SR3FAST_INLINE int split_of(int threads, int64_t B) { return B % threads == 0 && threads > 2 ? 1 : threads; }
+
+template <bool silu, class T>
+void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& norm, Exec exec) {
+  const Sides<T> sides(norm);
+  const int64_t B = norm.h.size[0], HW = norm.h.size[2] * norm.h.size[3];
+  const int64_t C = norm.h.size[1] + (norm.h2 ? norm.h2.size[1] : 0), D = C / norm.groups;
+  const int threads = threads_for(exec.threads, B * C * HW);
+  const Buffer<float> partial(int64_t{threads} * 2 * C);  // [thread][mean, M2][C]
+  const int64_t pixels_a_block = kBlock / C > 0 ? kBlock / C : 1;
+  parallel_team(threads, [&](int rank, int team, auto&& barrier) {
+    const int split = split_of(team, B);
+    const int64_t begin = HW * (rank % split) / split, end = HW * (rank % split + 1) / split;
+    const Buffer<float> coefficients(3 * C);  // mean, scale, bias of each channel
+    float *means = coefficients.at(0), *scales = coefficients.at(C), *biases = coefficients.at(2 * C);
+    for (int64_t b = split == 1 ? rank : 0; b < B; b += split == 1 ? team : 1) {
+      float *my_mean = partial.at(int64_t{rank} * 2 * C), *my_m2 = my_mean + C;
+      std::memset(my_mean, 0, 2 * C * sizeof(float));
+      for (int64_t i = begin; i < end; i += pixels_a_block) {
+        const int64_t pixels = end - i < pixels_a_block ? end - i : pixels_a_block;
+        if (s) {
+          const int64_t at = (b * HW + i) * C;
+          for (int64_t p = 0; p < pixels; ++p)
+            for (int64_t c = 0; c < C; c += kLanes) {
+              const int64_t left = C - c, j = at + p * C + c;
+              Floats shift = {};
+              if (norm.shift)
+                for (int k = 0; k < kLanes && k < left; ++k) shift[k] = read(norm.shift, b * C + c + k);
+              const Floats v = (load_some(static_cast<const T*>(norm.h.data) + j, left, 0.0f) + shift) +
+                               load_some(static_cast<const T*>(norm.residual.data) + j, left, 0.0f);
+              store_some(s + j, left, v);
+            }
+          merge_pixels(s + at, C, pixels, my_mean, my_m2, i - begin);
+        } else {
+          for (int k = 0; k < sides.count; ++k) {
+            const Side<T>& side = sides.side[k];
+            merge_pixels(side.data + (b * HW + i) * side.channels, side.channels, pixels, my_mean + side.first,
+                         my_m2 + side.first, i - begin);
+          }
+        }
+      }
+      if (split > 1) barrier();
+      for (int64_t g = 0; g < norm.groups; ++g) {
+        Moments group;
+        for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+          Moments channel;
+          for (int r = 0; r < split; ++r) {
+            const float* theirs = partial.at(int64_t{split == 1 ? rank : r} * 2 * C);
+            const int64_t share = HW * (r + 1) / split - HW * r / split;
+            channel.merge({static_cast<float>(share), theirs[c], theirs[C + c]});
+          }
+          if (norm.shift && !s) channel.mean += read(norm.shift, b * C + c);
+          group.merge(channel);
+        }
+        const float group_rstd = group.rstd(norm.eps);
+        if (rank % split == 0) {
+          mean[b * norm.groups + g] = group.mean;
+          rstd[b * norm.groups + g] = group_rstd;
+        }
+        for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+          const Affine a = affine(norm, b, c, C, group.mean, group_rstd);
+          means[c] = s ? group.mean : a.mean;
+          scales[c] = a.scale;
+          biases[c] = a.bias;
+        }
+      }
+      // backwards: the last blocks are still in the cache
+      for (int64_t i = begin + (end - begin - 1) / pixels_a_block * pixels_a_block; i >= begin && end > begin;
+           i -= pixels_a_block) {
+        const int64_t pixels = end - i < pixels_a_block ? end - i : pixels_a_block;
+        for (int k = 0; k < sides.count; ++k) {
+          const Side<T>& side = sides.side[k];
+          const T* data = s ? s : side.data;
+          normalise_pixels<silu>(out + (b * HW + i) * C + side.first, C, data + (b * HW + i) * side.channels,
+                                 side.channels, pixels, means + side.first, scales + side.first,
+                                 biases + side.first);
+        }
+      }
+      if (split > 1) barrier();  // the partials are read until here
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------- backward
+
+// With n = w x_hat + b and g = grad silu'(n), over a group of N elements
+//   dh = (w g - <w g> - x_hat <w g x_hat>) rstd (+ grad_s)
+// and per channel dbias = sum g, dweight = sum g x_hat, dshift = sum dh.
+struct Slopes {
+  float mean_wg, mean_wgx;
+};
+
+template <bool silu>
+SR3FAST_INLINE Floats slope_of(Floats grad, Floats x_hat, Floats weight, Floats bias) {
+  return silu ? grad * silu_slope(x_hat * weight + bias) : grad;
+}
+
+template <bool silu, class T>
+void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dshift, const T* grad,
+                   const T* grad_s, const float* mean, const float* rstd, const Norm& norm, Exec exec) {
+  const Pair<T> h(norm);
+  const int64_t B = norm.h.size[0], C = h.channels, HW = h.hw, D = C / norm.groups;
+  parallel_ranges(threads_for(exec.threads, B * C * HW), B * norm.groups, [&](int64_t begin, int64_t end) {
+    for (int64_t bg = begin; bg < end; ++bg) {
+      const int64_t b = bg / norm.groups, first = bg % norm.groups * D;
+      double wg = 0.0, wgx = 0.0;
+      for (int64_t c = first; c < first + D; ++c) {
+        const Affine a = affine(norm, b, c, C, mean[bg], rstd[bg]);
+        const float weight = read(norm.weight, c);
+        const T *plane = h.plane(b, c), *g_plane = grad + (b * C + c) * HW;
+        double sum_g = 0.0, sum_gx = 0.0;
+        for (int64_t block = 0; block < HW; block += kBlock) {
+          const int64_t stop = HW - block < kBlock ? HW : block + kBlock;
+          Floats gs = {}, gxs = {};
+          for (int64_t i = block; i < stop; i += kLanes) {
+            const Floats x_hat = (load_some(plane + i, stop - i, a.mean) - a.mean) * rstd[bg];
+            const Floats g = slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
+            gs += g;
+            gxs += g * x_hat;
+          }
+          sum_g += sum(gs);
+          sum_gx += sum(gxs);
+        }
+        dbias_of[b * C + c] = static_cast<float>(sum_g);
+        dweight_of[b * C + c] = static_cast<float>(sum_gx);
+        wg += weight * sum_g;
+        wgx += weight * sum_gx;
+      }
+      const double n = static_cast<double>(D * HW);
+      const Slopes slopes{static_cast<float>(wg / n), static_cast<float>(wgx / n)};
+      for (int64_t c = first; c < first + D; ++c) {
+        const Affine a = affine(norm, b, c, C, mean[bg], rstd[bg]);
+        const float weight = read(norm.weight, c);
+        const T *plane = h.plane(b, c), *g_plane = grad + (b * C + c) * HW;
+        T* d_plane = c < h.c1 ? dh + (b * h.c1 + c) * HW : dh2 + (b * (C - h.c1) + c - h.c1) * HW;
+        double total = 0.0;
+        for (int64_t block = 0; block < HW; block += kBlock) {
+          const int64_t stop = HW - block < kBlock ? HW : block + kBlock;
+          Floats sums = {};
+          for (int64_t i = block; i < stop; i += kLanes) {
+            const Floats x_hat = (load_some(plane + i, stop - i, a.mean) - a.mean) * rstd[bg];
+            const Floats g = slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
+            Floats d = (g * weight - slopes.mean_wg - x_hat * slopes.mean_wgx) * rstd[bg];
+            if (grad_s) d += load_some(grad_s + (b * C + c) * HW + i, stop - i, 0.0f);
+            store_some(d_plane + i, stop - i, d);
+            if (stop - i < kLanes)
+              for (int64_t k = stop - i; k < kLanes; ++k) d[k] = 0.0f;
+            sums += d;
+          }
+          total += sum(sums);
+        }
+        if (dshift) dshift[b * C + c] = static_cast<float>(total);
+      }
+    }
+  });
+}
+
+template <bool silu, class T>
+void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dshift, const T* grad,
+                            const T* grad_s, const float* mean, const float* rstd, const Norm& norm, Exec exec) {
+  const Sides<T> sides(norm);
+  const int64_t B = norm.h.size[0], HW = norm.h.size[2] * norm.h.size[3];
+  const int64_t C = norm.h.size[1] + (norm.h2 ? norm.h2.size[1] : 0), D = C / norm.groups;
+  const int threads = threads_for(exec.threads, B * C * HW);
+  const Buffer<double> partial(int64_t{threads} * 3 * C);  // [thread][sum g, sum g x_hat, sum dh][C]
+  const int64_t pixels_a_block = kBlock / C > 0 ? kBlock / C : 1;
+  parallel_team(threads, [&](int rank, int team, auto&& barrier) {
+    const int split = split_of(team, B);
+    const int64_t begin = HW * (rank % split) / split, end = HW * (rank % split + 1) / split;
+    const Buffer<float> coefficients(6 * C);
+    float *means = coefficients.at(0), *rstds = coefficients.at(C), *weights = coefficients.at(2 * C),
+          *biases = coefficients.at(3 * C), *mean_wg = coefficients.at(4 * C), *mean_wgx = coefficients.at(5 * C);
+    const auto theirs = [&](int r) { return partial.at(int64_t{split == 1 ? rank : r} * 3 * C); };
+    for (int64_t b = split == 1 ? rank : 0; b < B; b += split == 1 ? team : 1) {
+      double* mine = partial.at(int64_t{rank} * 3 * C);
+      std::memset(mine, 0, 3 * C * sizeof(double));
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t bg = b * norm.groups + c / D;
+        const Affine a = affine(norm, b, c, C, mean[bg], rstd[bg]);
+        means[c] = a.mean;
+        rstds[c] = rstd[bg];
+        weights[c] = read(norm.weight, c);
+        biases[c] = a.bias;
+      }
+      // f(side, vector of channels c0, pixels i ..): both passes walk the same way
+      const auto walk = [&](bool backwards, auto&& f) {
+        const int64_t blocks = (end - begin + pixels_a_block - 1) / pixels_a_block;
+        for (int64_t j = 0; j < blocks; ++j) {
+          const int64_t i = begin + (backwards ? blocks - 1 - j : j) * pixels_a_block;
+          const int64_t pixels = end - i < pixels_a_block ? end - i : pixels_a_block;
+          for (int k = 0; k < sides.count; ++k)
+            for (int64_t c = 0; c < sides.side[k].channels; c += kLanes) f(k, c, i, pixels);
+        }
+      };
+      walk(false, [&](int k, int64_t c, int64_t i, int64_t pixels) {
+        const Side<T>& side = sides.side[k];
+        const int64_t left = side.channels - c, all_c = side.first + c;
+        const Floats m = load_some(means + all_c, left, 0.0f), r = load_some(rstds + all_c, left, 0.0f),
+                     w = load_some(weights + all_c, left, 0.0f), bias = load_some(biases + all_c, left, 0.0f);
+        Floats gs = {}, gxs = {};
+        for (int64_t p = b * HW + i; p < b * HW + i + pixels; ++p) {
+          const Floats x_hat = (load_some(side.data + p * side.channels + c, left, 0.0f) - m) * r;
+          const Floats g = slope_of<silu>(load_some(grad + p * C + all_c, left, 0.0f), x_hat, w, bias);
+          gs += g;
+          gxs += g * x_hat;
+        }
+        for (int l = 0; l < kLanes && l < left; ++l) {
+          mine[all_c + l] += gs[l];
+          mine[C + all_c + l] += gxs[l];
+        }
+      });
+      if (split > 1) barrier();
+      for (int64_t g = 0; g < norm.groups; ++g) {
+        double wg = 0.0, wgx = 0.0;
+        for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+          double sum_g = 0.0, sum_gx = 0.0;
+          for (int r = 0; r < split; ++r) {
+            sum_g += theirs(r)[c];
+            sum_gx += theirs(r)[C + c];
+          }
+          if (rank % split == 0) {
+            dbias_of[b * C + c] = static_cast<float>(sum_g);
+            dweight_of[b * C + c] = static_cast<float>(sum_gx);
+          }
+          wg += weights[c] * sum_g;
+          wgx += weights[c] * sum_gx;
+        }
+        const double n = static_cast<double>(D * HW);
+        for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+          mean_wg[c] = static_cast<float>(wg / n);
+          mean_wgx[c] = static_cast<float>(wgx / n);
+        }
+      }
+      walk(true, [&](int k, int64_t c, int64_t i, int64_t pixels) {
+        const Side<T>& side = sides.side[k];
+        const int64_t left = side.channels - c, all_c = side.first + c;
+        const Floats m = load_some(means + all_c, left, 0.0f), r = load_some(rstds + all_c, left, 0.0f),
+                     w = load_some(weights + all_c, left, 0.0f), bias = load_some(biases + all_c, left, 0.0f),
+                     wg = load_some(mean_wg + all_c, left, 0.0f), wgx = load_some(mean_wgx + all_c, left, 0.0f);
+        T* d_side = k == 0 ? dh : dh2;
+        Floats sums = {};
+        for (int64_t p = b * HW + i; p < b * HW + i + pixels; ++p) {
+          const Floats x_hat = (load_some(side.data + p * side.channels + c, left, 0.0f) - m) * r;
+          const Floats g = slope_of<silu>(load_some(grad + p * C + all_c, left, 0.0f), x_hat, w, bias);
+          Floats d = (g * w - wg - x_hat * wgx) * r;
+          if (grad_s) d += load_some(grad_s + p * C + all_c, left, 0.0f);
+          store_some(d_side + p * side.channels + c, left, d);
+          sums += d;
+        }
+        for (int l = 0; l < kLanes && l < left; ++l) mine[2 * C + all_c + l] += sums[l];
+      });
+      if (split > 1) barrier();
+      if (dshift && rank % split == 0)
+        for (int64_t c = 0; c < C; ++c) {
+          double total = 0.0;
+          for (int r = 0; r < split; ++r) total += theirs(r)[2 * C + c];
+          dshift[b * C + c] = static_cast<float>(total);
+        }
+      if (split > 1) barrier();
+    }
+  });
+}
+
+}  // namespace
+
+void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm& norm, Exec exec) {
+  with_type(norm.h, [&](auto* data) {
+    using T = std::remove_reference_t<decltype(*data)>;
+    const auto run = norm.h.channels_last() || out.channels_last()
+                         ? (norm.silu ? forward_channels_last<true, T> : forward_channels_last<false, T>)
+                         : (norm.silu ? forward_nchw<true, T> : forward_nchw<false, T>);
+    run(static_cast<T*>(out.data), static_cast<T*>(s.data), mean, rstd, norm, exec);
+  });
+}
+
+void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbias, float* dshift, Tensor grad,
+                              Tensor grad_s, const float* mean, const float* rstd, const Norm& norm, Exec exec) {
+  const int64_t B = grad.size[0], C = grad.size[1];
+  const Buffer<float> per_sample(2 * B * C);
+  float *dweight_of = per_sample.at(0), *dbias_of = per_sample.at(B * C);
+  with_type(norm.h, [&](auto* data) {
+    using T = std::remove_reference_t<decltype(*data)>;
+    const auto run = norm.h.channels_last() || grad.channels_last()
+                         ? (norm.silu ? backward_channels_last<true, T> : backward_channels_last<false, T>)
+                         : (norm.silu ? backward_nchw<true, T> : backward_nchw<false, T>);
+    run(static_cast<T*>(dh.data), static_cast<T*>(dh2.data), dweight_of, dbias_of, dshift,
+        static_cast<const T*>(grad.data), static_cast<const T*>(grad_s.data), mean, rstd, norm, exec);
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    double weight = 0.0, bias = 0.0;
+    for (int64_t b = 0; b < B; ++b) {
+      weight += dweight_of[b * C + c];
+      bias += dbias_of[b * C + c];
+    }
+    dweight[c] = static_cast<float>(weight);
+    dbias[c] = static_cast<float>(bias);
+  }
+}
+
+}  // namespace sr3fast::cpu::SR3FAST_ISA

@@ -1,0 +1,217 @@
+// noise, refine, solver_step and q_sample on the CPU.
+//
+// A tile is a stretch of one image row: all its noise is drawn into a small buffer, then one pass updates it.
+// In NCHW a tile is one channel's pixels, in channels_last the pixels with their channels between them.
+#include "../common/noise.h"
+#include "../common/ops.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace sr3fast::cpu::SR3FAST_ISA {
+namespace {
+
+constexpr int kQuads = 16;               // counters drawn side by side
+constexpr int kPixels = 4 * 4 * kQuads;  // pixels of a tile, NCHW
+constexpr int kChannels = 16;            // channels of a tile, channels_last
+constexpr int kTile = 1024;              // elements of a tile
+static_assert(kPixels <= kTile, "an NCHW tile fits the buffers");
+
+// Place of a tile: sample b, channels c .. c + channels, row h, columns w .. w + pixels.
+struct Tile {
+  int64_t b, c, channels, h, w, pixels;
+};
+
+// z of pixels w .. w + pixels of one channel, stride apart.
+SR3FAST_INLINE void draw(float* z, int64_t stride, uint64_t seed, uint32_t domain, uint32_t step, int64_t c,
+                         int64_t h, int64_t w, int64_t pixels) {
+  for (int64_t quad = w / 4; quad * 4 < w + pixels; quad += kQuads) {
+    float lanes[4][kQuads];
+#pragma GCC ivdep
+    for (int i = 0; i < kQuads; ++i) {
+      const Normals n = normals(seed, domain, step, static_cast<uint32_t>(c), static_cast<uint32_t>(h),
+                                static_cast<uint32_t>(quad) + static_cast<uint32_t>(i));
+      lanes[0][i] = n.z0;
+      lanes[1][i] = n.z1;
+      lanes[2][i] = n.z2;
+      lanes[3][i] = n.z3;
+    }
+    const int64_t first = quad * 4 - w;  // may be negative: the quad starts left of the tile
+    if (stride == 1 && first >= 0 && first + 4 * kQuads <= pixels) {
+#pragma GCC ivdep
+      for (int i = 0; i < kQuads; ++i) {
+        float* p = z + first + 4 * i;
+        p[0] = lanes[0][i];
+        p[1] = lanes[1][i];
+        p[2] = lanes[2][i];
+        p[3] = lanes[3][i];
+      }
+    } else {
+      for (int64_t i = first < 0 ? -first : 0; i < 4 * kQuads && first + i < pixels; ++i)
+        z[(first + i) * stride] = lanes[i % 4][i / 4];
+    }
+  }
+}
+
+SR3FAST_INLINE void draw_tile(float* z, const Tile& t, uint64_t seed, uint32_t domain, uint32_t step,
+                              Origin origin) {
+  for (int64_t i = 0; i < t.channels; ++i)
+    draw(z + i, t.channels, seed, domain, step, t.c + i, t.h + origin.h, t.w + origin.w, t.pixels);
+}
+
+// The tiles of an image in y's layout, shared between threads; f(tile, offset of its first element in y).
+// A tile's elements are contiguous in y unless it is channels_last with more than kChannels channels, when
+// its channels are: then f runs once a pixel.
+template <class F>
+SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
+  const int64_t B = y.size[0], C = y.size[1], H = y.size[2], W = y.size[3];
+  threads = threads_for(threads, y.numel());
+  if (!y.channels_last()) {
+    parallel_ranges(threads, B * C * H, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t w = 0; w < W; w += kPixels) {
+          const int64_t pixels = W - w < kPixels ? W - w : kPixels;
+          f(Tile{i / H / C, i / H % C, 1, i % H, w, pixels}, i * W + w);
+        }
+    });
+    return;
+  }
+  const int64_t pixels_a_tile = C <= kChannels ? (kTile / C) / (4 * kQuads) * (4 * kQuads) : 4 * kQuads;
+  parallel_ranges(threads, B * H, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t w = 0; w < W; w += pixels_a_tile)
+        for (int64_t c = 0; c < C; c += kChannels) {
+          const int64_t channels = C - c < kChannels ? C - c : kChannels;
+          const int64_t pixels = W - w < pixels_a_tile ? W - w : pixels_a_tile;
+          f(Tile{i / H, c, channels, i % H, w, pixels}, (i * W + w) * C + c);
+        }
+  });
+}
+
+// Runs of a tile that are contiguous in y: f(offset in y, offset in the tile's buffers, length).
+template <class F>
+SR3FAST_INLINE void each_run(const Tensor& y, const Tile& t, int64_t offset, F&& f) {
+  if (t.channels == 1 ? !y.channels_last() : t.channels == y.size[1]) {
+    f(offset, 0, t.pixels * t.channels);
+    return;
+  }
+  for (int64_t i = 0; i < t.pixels; ++i) f(offset + i * y.size[1], i * t.channels, t.channels);
+}
+
+// A tile of a tensor with any dtype and strides as floats in the tile's order. Returns `buffer`, or the
+// tensor's own memory where it is that already.
+SR3FAST_INLINE bool in_tile_order(const Tensor& t, const Tile& tile) {
+  const bool pixels = tile.channels > 1 ? t.stride[3] == tile.channels : t.stride[3] == 1;
+  return t.dtype == Dtype::f32 && (pixels || tile.pixels == 1) && (tile.channels == 1 || t.stride[1] == 1);
+}
+
+SR3FAST_INLINE const float* gather(const Tensor& t, const Tile& tile, float* buffer) {
+  const int64_t start = t.offset(tile.b, tile.c, tile.h, tile.w);
+  if (in_tile_order(t, tile)) return static_cast<const float*>(t.data) + start;
+  with_type(t, [&](auto* data) {
+    auto* p = data + start;
+    if (tile.channels == 1 && t.stride[3] == 1) {
+      for (int64_t w = 0; w < tile.pixels; ++w) buffer[w] = to_float(p[w]);
+    } else {
+      for (int64_t w = 0; w < tile.pixels; ++w)
+        for (int64_t c = 0; c < tile.channels; ++c)
+          buffer[w * tile.channels + c] = to_float(p[w * t.stride[3] + c * t.stride[1]]);
+    }
+  });
+  return buffer;
+}
+
+SR3FAST_INLINE void scatter(const float* buffer, const Tensor& t, const Tile& tile) {
+  const int64_t start = t.offset(tile.b, tile.c, tile.h, tile.w);
+  with_type(t, [&](auto* data) {
+    auto* p = data + start;
+    using T = std::remove_reference_t<decltype(*p)>;
+    if (tile.channels == 1 && t.stride[3] == 1) {
+      for (int64_t w = 0; w < tile.pixels; ++w) p[w] = from_float<T>(buffer[w]);
+    } else {
+      for (int64_t w = 0; w < tile.pixels; ++w)
+        for (int64_t c = 0; c < tile.channels; ++c)
+          p[w * t.stride[3] + c * t.stride[1]] = from_float<T>(buffer[w * tile.channels + c]);
+    }
+  });
+}
+
+}  // namespace
+
+void noise(Tensor out, Seeds seed, Scalar<int64_t> step, uint32_t domain, Origin origin, Exec exec) {
+  const auto t = static_cast<uint32_t>(step.read());
+  each_tile(out, exec.threads, [&](const Tile& tile, int64_t) {
+    float z[kTile];
+    draw_tile(z, tile, seed.of(tile.b), domain, t, origin);
+    scatter(z, out, tile);
+  });
+}
+
+void solver_step(Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Scalar<Row> row_or_address,
+                 Seeds seed, Scalar<int64_t> step, Tensor m1, Tensor m2, Tensor z, Origin origin, Exec exec) {
+  const Row row = row_or_address.read();
+  const auto t = static_cast<uint32_t>(step.read());
+  const auto* y_data = static_cast<const float*>(y.data);
+  const auto* m1_data = static_cast<const float*>(m1.data);
+  const auto* m2_data = static_cast<const float*>(m2.data);
+  const auto* z_data = static_cast<const float*>(z.data);
+  auto* out_data = static_cast<float*>(out.data);
+  auto* m_data = static_cast<float*>(m.data);
+  const bool estimates = m_data || row.c0 != 0.0f;
+  each_tile(y, exec.threads, [&](const Tile& tile, int64_t tile_offset) {
+    float z_buffer[kTile], f_buffer[kTile], y_buffer[kTile], m_buffer[kTile];
+    const bool draws = row.s != 0.0f && !z_data;
+    if (draws) draw_tile(z_buffer, tile, seed.of(tile.b), kRefine, t, origin);
+    const float* f_tile = gather(eps_hat, tile, f_buffer);
+    each_run(y, tile, tile_offset, [&](int64_t at, int64_t start, int64_t n) {
+      // y' and m stay in the buffers till the last read: out may be y, m may be m1 or m2
+      const float* f = f_tile + start;
+      float* next = y_buffer + start;
+      float* m_run = m_buffer + start;
+      const float* y_run = y_data + at;
+      if (estimates)
+        for (int64_t i = 0; i < n; ++i) m_run[i] = estimate(row, y_run[i], f[i]);
+      for (int64_t i = 0; i < n; ++i) next[i] = row.a * y_run[i] + row.b * f[i];
+      const auto add = [&](float coefficient, const float* term) {
+        if (coefficient != 0.0f)
+          for (int64_t i = 0; i < n; ++i) next[i] = next[i] + coefficient * term[i];
+      };
+      add(row.c0, m_run);
+      add(row.c1, m1_data + at);
+      add(row.c2, m2_data + at);
+      add(row.s, draws ? z_buffer + start : z_data + at);
+      std::memcpy(out_data + at, next, n * sizeof(float));
+      if (m_data) std::memcpy(m_data + at, m_run, n * sizeof(float));
+    });
+    if (into) scatter(y_buffer, into, tile);
+  });
+}
+
+void refine(Tensor out, Tensor into, Tensor y, Tensor eps_hat, Scalar<double> alpha, Scalar<double> gamma,
+            Seeds seed, Scalar<int64_t> step, Tensor z, Origin origin, Exec exec) {
+  Scalar<Row> row;
+  row.value = refine_row(alpha.read(), gamma.read(), step.read());
+  solver_step(out, Tensor{}, into, y, eps_hat, row, seed, step, Tensor{}, Tensor{}, z, origin, exec);
+}
+
+void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double> gamma, bool gamma_per_sample,
+              Seeds seed, Scalar<int64_t> step, Tensor eps, Origin origin, Exec exec) {
+  const auto t = static_cast<uint32_t>(step.read());
+  each_tile(y_0, exec.threads, [&](const Tile& tile, int64_t) {
+    float z_buffer[kTile], y_buffer[kTile], y_t[kTile];
+    const Mix mix = q_sample_mix(gamma_per_sample ? gamma.device[tile.b] : gamma.read());
+    const float* z = z_buffer;
+    if (eps) {
+      z = gather(eps, tile, z_buffer);
+    } else {
+      draw_tile(z_buffer, tile, seed.of(tile.b), kTrain, t, origin);
+      if (eps_out) scatter(z_buffer, eps_out, tile);
+    }
+    const float* y = gather(y_0, tile, y_buffer);
+    const int64_t n = tile.pixels * tile.channels;
+    for (int64_t i = 0; i < n; ++i) y_t[i] = mix.signal * y[i] + mix.noise * z[i];
+    scatter(y_t, out, tile);
+    if (into) scatter(y_t, into, tile);
+  });
+}
+
+}  // namespace sr3fast::cpu::SR3FAST_ISA
