@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import image, weights
-from .sampler import Sampler
+from .sampler import Run, Sampler
 from .sampler import _engine as engine
 from .weights import Model, Target
 
@@ -160,9 +160,12 @@ class Upscaler:
             if trace is not None and i == 0:
                 callback = trace.start(large, padded, self.model.target, len(self.sampler.table))
             y_0 = self.sampler(padded, seed + i, callback=callback, progress=progress)
+            assert isinstance(y_0, Tensor)  # not Samples: samples= was not given
             y_0 = self.model.target.decode(y_0, padded)[..., :height, :width]
             if self.consistency:
-                y_0 = y_0 + image.resize(small - image.resize(y_0, small.shape[-2:]), (height, width))
+                y_0 = y_0 + image.resize(
+                    small - image.resize(y_0, (small.shape[2], small.shape[3])), (height, width)
+                )
             y_0s.append(y_0[0].cpu())
         if samples is None:
             return large.with_color(y_0s[0])
@@ -244,7 +247,7 @@ class Tiled(nn.Module):
         run.into.copy_(y_t)
         return run(0)
 
-    def start(self, x: Tensor, shape: Sequence[int], levels: Tensor) -> nn.Module | _TiledRun:
+    def start(self, x: Tensor, shape: Sequence[int], levels: Tensor) -> Run:
         """A run over `levels` [N] for y of `shape` [B, C, H, W], its sides multiples of the network's."""
         H, W = shape[2:]
         tile = self.tile
