@@ -1,0 +1,193 @@
+"""How a kernel's lanes fall on the pixels of a dense [B, C, H, W] tensor, and how host values reach it.
+
+One Philox call makes the normals of four pixels in a row (a quad), so a lane owns one quad of K channels and
+moves it as K tiles of four neighbouring elements, 16 bytes of float32 where the layout and W allow:
+
+    NCHW                        K = 1, a tile is four pixels
+    channels_last, C <= 4       K = C, the lane's 4 C elements are contiguous
+    channels_last, C = 4 n      K = 4, a tile is four channels of one pixel
+    channels_last, other C      K = 1, four pixels, C elements apart
+
+A program takes BLOCK quads of one plane: an image's channel, or its K channels. Quads are aligned in the
+coordinates of the whole image; where the tile's origin or its width is not a multiple of four, the quads at
+its edges are cut by a mask.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# A program of the interpreter is a string of numpy calls: few and large ones.
+QUADS, QUADS_INTERPRETED = 256, 65536
+
+
+class Seeds(NamedTuple):
+    """Sample i has the seed low + 2^32 high + i, or ptr[i], or ptr[0] + i."""
+
+    ptr: Tensor | None
+    low: int
+    high: int
+    per_sample: bool
+
+
+def on_host(t: Tensor) -> bool:
+    """Whether to pass the value; else the kernel reads it through a pointer, and a captured graph reads anew."""
+    return t.device.type == "cpu"
+
+
+def int32(value: int) -> int:
+    """The int32 that holds the low 32 bits: one type, and one compiled kernel, for all values."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def seeds(seed: Tensor) -> Seeds:
+    if seed.ndim == 0 and on_host(seed):
+        value = int(seed.item())
+        return Seeds(None, int32(value), int32(value >> 32), False)
+    return Seeds(seed, 0, 0, seed.ndim == 1)
+
+
+def scalar(value: Tensor) -> tuple[Tensor | None, Any]:
+    """A pointer and None's value, or None and the value."""
+    return (None, value.item()) if on_host(value) else (value, 0)
+
+
+def step32(step: Tensor) -> tuple[Tensor | None, int]:
+    ptr, value = scalar(step)
+    return ptr, int32(value)
+
+
+def place(y: Tensor, origin: tuple[int, int]) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and the keywords by which a kernel finds its pixels."""
+    batch, channels, height, width = y.shape
+    h0, w0 = origin
+    first, last = w0 // 4, -(-(w0 + width) // 4)
+    quads = last - first
+    planar = y.is_contiguous()
+    if planar:
+        k = 1
+    elif channels <= 4:
+        k = channels
+    else:
+        k = 4 if channels % 4 == 0 else 1
+    block = QUADS
+    if INTERPRETED:
+        block = min(QUADS_INTERPRETED, triton.next_power_of_2(height * quads))
+    blocks = triton.cdiv(height * quads, block)
+    keywords = {
+        "h0": int32(h0),
+        "w4_0": int32(first),
+        "cut": w0 - 4 * first,
+        "blocks": blocks,
+        "height": height,
+        "width": width,
+        "quads": quads,
+        "C": channels,
+        "K": k,
+        "PLANAR": planar,
+        "ALIGNED": w0 % 4 == 0 and width % 4 == 0,
+        "BLOCK": block,
+    }
+    return (batch * (channels // k) * blocks,), keywords
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **keywords: Any) -> None:
+    """Run on the tensor's own GPU, with every product and sum rounded by itself."""
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, **keywords, enable_fp_fusion=False)
+
+
+@triton.jit
+def locate(blocks, height, quads, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's sample b and first channel c; its lanes' quads: number r in the plane, row h, column w4."""
+    program = tl.program_id(0)
+    plane = program // blocks
+    b = plane // (C // K)
+    c = (plane % (C // K)) * K
+    r = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    return b, c, r, r // quads, r % quads
+
+
+@triton.jit
+def tile(k: tl.constexpr, K: tl.constexpr):
+    """Pixel and channel of tile k's four elements within the quad, [1, 4]."""
+    j = tl.arange(0, 4)[None, :]
+    if K == 1:
+        return j, j * 0
+    elif K == 4:
+        return j * 0 + k, j
+    else:
+        return (4 * k + j) // K, (4 * k + j) % K
+
+
+@triton.jit
+def inside(r, w4, height, width, quads, cut, k: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr):
+    """Which of a tile's elements exist, [BLOCK, 4]."""
+    mask = (r < height * quads)[:, None] & (tl.arange(0, 4)[None, :] >= 0)
+    if not ALIGNED:
+        pixel, _ = tile(k, K)
+        w = 4 * w4[:, None] + pixel - cut
+        mask = mask & (w >= 0) & (w < width)
+    return mask
+
+
+@triton.jit
+def dense(
+    b, c, r, h, w4, height, width, cut,
+    k: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PLANAR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a tile in a dense tensor, [BLOCK, 4]; aligned ones show the compiler that they are four in a row."""
+    j = tl.arange(0, 4)[None, :]
+    pixel, channel = tile(k, K)
+    if PLANAR:
+        start = (b.to(tl.int64) * C + c) * height * width
+        pitch: tl.constexpr = 1
+    else:
+        start = b.to(tl.int64) * height * width * C + c
+        pitch: tl.constexpr = C
+    if ALIGNED:
+        quad = r.to(tl.int64)[:, None] * (4 * pitch)
+        if PLANAR:
+            return (b.to(tl.int64) * C + c) * height * (width // 4) * 4 + quad + j
+        elif K == C:
+            return b.to(tl.int64) * height * (width // 4) * (4 * C) + quad + (4 * k + j)
+        elif K == 4:
+            return b.to(tl.int64) * height * (width // 4) * (4 * C) + c + quad + (k * C + j)
+        else:
+            return start + quad + j * C
+    else:
+        w = 4 * w4[:, None] + pixel - cut
+        return start + (h.to(tl.int64)[:, None] * width + w) * pitch + channel
+
+
+@triton.jit
+def strided(b, c, h, w4, cut, s0, s1, s2, s3, k: tl.constexpr, K: tl.constexpr):
+    """Offsets of a tile in a tensor of any strides, [BLOCK, 4]."""
+    pixel, channel = tile(k, K)
+    w = 4 * w4[:, None] + pixel - cut
+    return (
+        b.to(tl.int64) * s0
+        + (c + channel).to(tl.int64) * s1
+        + h.to(tl.int64)[:, None] * s2
+        + w.to(tl.int64) * s3
+    )
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """To nearest even; the interpreter would cut bfloat16 off."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        i = x.to(tl.uint32, bitcast=True)
+        i = (i + 0x7FFF + ((i >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, i.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
