@@ -127,6 +127,7 @@ class Upscaler:
             steps=card.get("steps", 25) if steps is None else steps,
             grid=grid,
             level=model.level,
+            target=model.target,
         )
 
     @property
@@ -161,7 +162,7 @@ class Upscaler:
                 callback = trace.start(large, padded, self.model.target, len(self.sampler.table))
             y_0 = self.sampler(padded, seed + i, callback=callback, progress=progress)
             assert isinstance(y_0, Tensor)  # not Samples: samples= was not given
-            y_0 = self.model.target.decode(y_0, padded)[..., :height, :width]
+            y_0 = y_0[..., :height, :width]
             if self.consistency:
                 y_0 = y_0 + image.resize(
                     small - image.resize(y_0, (small.shape[2], small.shape[3])), (height, width)

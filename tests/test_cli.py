@@ -1,0 +1,348 @@
+"""The command line: files, folders, patterns, reruns; and bad input, which is one line and exit code 2."""
+
+import errno
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sr3fast import image, weights
+from sr3fast.__main__ import main, plan
+from sr3fast.schedule import Schedule
+from sr3fast.unet import UNet
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random network, saved."""
+    torch.manual_seed(0)
+    unet = UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, dropout=0.0, image_size=16)
+    schedule = Schedule.named("linear", T=200, start=1e-4, end=5e-2)
+    target = weights.Target("residual", 4.0)
+    path = tmp_path_factory.mktemp("weights")
+    weights.save(path, weights.Model(unet, schedule, target, scale=4, card={"steps": STEPS}))
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def picture(path, size=(8, 6), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = image.resize(0.7 * torch.randn(3, 3, 3, generator=generator), (size[1], size[0]))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.to_picture(values.clamp(-1, 1)).save(path)
+    return Path(path)
+
+
+def run(folder, *arguments, command="upscale"):
+    return main([command, *map(str, arguments), "--weights", str(folder), "--device", "cpu"])
+
+
+def files(path):
+    return sorted(str(p.relative_to(path)) for p in Path(path).rglob("*") if p.is_file())
+
+
+# upscale
+
+
+def test_a_file(here, folder, capsys):
+    picture("photo.jpg")
+    assert run(folder, "photo.jpg") == 0
+    assert files(here) == ["photo-x4.png", "photo.jpg"]
+    assert Image.open("photo-x4.png").size == (32, 24)
+    output = capsys.readouterr()
+    assert "photo-x4.png" in output.out and f"{STEPS}/{STEPS}" in output.err
+
+
+def test_seed_steps_solver_and_grid_reach_the_sampler(here, folder):
+    picture("photo.png")
+    expected = {}
+    for name, options, arguments in (
+        ("a", {"seed": 1}, ["--seed", "1"]),
+        ("b", {"seed": 1, "steps": 5}, ["--seed", "1", "--steps", "5"]),
+        ("c", {"solver": "ddim", "grid": "t"}, ["--solver", "ddim", "--grid", "t"]),
+        ("d", {"consistency": True}, ["--consistency", "True"]),
+    ):
+        from sr3fast.upscale import upscale
+
+        assert run(folder, "photo.png", "--out", f"{name}.png", *arguments) == 0
+        expected[name] = np.asarray(upscale("photo.png", weights.load(folder), **options))
+        assert np.array_equal(np.asarray(Image.open(f"{name}.png")), expected[name])
+    assert len({value.tobytes() for value in expected.values()}) == 4
+
+
+def test_a_folder_and_a_rerun(here, folder, capsys):
+    for i, name in enumerate(("a.png", "deep/b.jpg", "c.png")):
+        picture(here / "in" / name, seed=i)
+    (here / "in" / "notes.txt").write_text("no picture")
+    assert run(folder, "in") == 0
+    assert files(here / "in-x4") == ["a.png", "c.png", "deep/b.png"]
+    assert "3/3" in capsys.readouterr().err
+    Path("in-x4/a.png").unlink()
+    before = {name: (os.stat(f"in-x4/{name}").st_mtime_ns) for name in ("c.png", "deep/b.png")}
+    assert run(folder, "in") == 0
+    assert capsys.readouterr().out.count("is there already") == 2
+    assert {name: (os.stat(f"in-x4/{name}").st_mtime_ns) for name in before} == before
+    assert Path("in-x4/a.png").exists()
+    assert run(folder, "in", "--overwrite", "True") == 0
+    assert os.stat("in-x4/c.png").st_mtime_ns != before["c.png"]
+
+
+def test_a_pattern_does_not_take_its_own_results(here, folder):
+    for i in range(2):
+        picture(f"{i}.png", seed=i)
+    assert run(folder, "*.png") == 0
+    assert run(folder, "*.png") == 0
+    assert files(here) == ["0-x4.png", "0.png", "1-x4.png", "1.png"]
+
+
+def test_plan(here):
+    picture("in/a.jpg")
+    picture("in/a.png")
+    picture("b.png")
+    assert plan(["in"], Path("out"), "-x4") == [
+        (Path("in/a.jpg"), Path("out/a.jpg.png")),
+        (Path("in/a.png"), Path("out/a.png.png")),
+    ]
+    assert plan(["b.png"], None, "-x4") == [(Path("b.png"), Path("b-x4.png"))]
+    assert plan(["b.png"], Path("c.webp"), "-x4") == [(Path("b.png"), Path("c.webp"))]
+    assert plan(["b.png", "in/*.jpg"], Path("out"), "-x4") == [
+        (Path("b.png"), Path("out/b.png")),
+        (Path("in/a.jpg"), Path("out/a.png")),
+    ]
+    with pytest.raises(ValueError, match="one file for 2 pictures: give a folder"):
+        plan(["in"], Path("c.png"), "-x4")
+    with pytest.raises(ValueError, match="no such file or folder"):
+        plan(["missing.png"], None, "-x4")
+    with pytest.raises(ValueError, match="nothing to enlarge"):
+        plan([], None, "-x4")
+
+
+def test_a_broken_file_is_passed_over(here, folder, capsys):
+    picture("in/a.png")
+    (here / "in" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    picture("in/c.png", seed=1)
+    assert run(folder, "in") == 2
+    assert files(here / "in-x4") == ["a.png", "c.png"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sr3fast:")]
+    assert len(errors) == 2 and "in/b.png" in errors[0] and "1 of 3" in errors[1]
+
+
+def test_samples_and_trace(here, folder):
+    picture("photo.png")
+    assert run(folder, "photo.png", "--samples", "2", "--trace", "gif", "--steps", "4") == 0
+    made = ["photo-x4-1.png", "photo-x4-2.png", "photo-x4-mean.png", "photo-x4-std.png", "photo-x4-trace.gif"]
+    assert files(here) == [*made, "photo.png"]
+    one, two, mean = (np.asarray(Image.open(name)).astype(float) for name in made[:3])
+    inside = (np.minimum(one, two) > 0) & (np.maximum(one, two) < 255)
+    assert np.abs(mean - (one + two) / 2)[inside].max() <= 1.01
+    assert Image.open("photo-x4-std.png").getextrema()[1] == 255
+    assert Image.open("photo-x4-trace.gif").n_frames >= 4
+
+
+def test_a_strip(here, folder):
+    picture("photo.png")
+    assert run(folder, "photo.png", "--trace", "png", "--steps", "8") == 0
+    assert Image.open("photo-x4-trace.png").size == (8 * 32 + 7 * 4, 24)
+
+
+# The other commands
+
+
+def test_evaluate_makes_the_sources(here, folder, capsys):
+    for i in range(2):
+        picture(f"hr/{i}.png", (66, 70), seed=i)
+    assert run(folder, "hr", "--json", "scores.json", command="evaluate") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [name, who] for name in ("0", "1", "mean") for who in ("bicubic", "result")
+    ]
+    scores = json.loads(Path("scores.json").read_text())
+    truth = Image.open("hr/0.png").crop((0, 0, 64, 68))
+    bicubic = image.bicubic(image.bicubic(truth, (16, 17)), (64, 68))
+    error = np.asarray(bicubic).astype(float) - np.asarray(truth).astype(float)
+    assert scores["0"]["bicubic"]["psnr"] == pytest.approx(10 * np.log10(255**2 / (error**2).mean()))
+    assert scores["mean"]["result"]["ssim"] == pytest.approx(
+        (scores["0"]["result"]["ssim"] + scores["1"]["result"]["ssim"]) / 2
+    )
+    assert scores["0"]["result"] != scores["0"]["bicubic"]
+
+
+def test_evaluate_finished_pictures_against_given_sources(here, folder):
+    truth = Image.open(picture("hr/a.png", (64, 64)))
+    image.bicubic(truth, (16, 16)).save(picture("lr/a.png"))
+    truth.save(picture("sr/a.png"))
+    options = ["hr", "--source", "lr", "--result", "sr", "--json", "scores.json"]
+    assert run(folder, *options, command="evaluate") == 0
+    result = json.loads(Path("scores.json").read_text())["a"]["result"]
+    assert result["psnr"] == float("inf") and result["ssim"] == pytest.approx(1) and result["spectrum"] == 0
+    picture("hr/b.png", (64, 64))
+    assert run(folder, *options, command="evaluate") == 2
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "solver_step" in text and "group_norm_silu" in text
+
+
+def test_help_lists_the_commands(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("upscale", "train", "evaluate", "info"))
+    assert main(["enlarge"]) == 2
+    assert "enlarge is none of upscale, train, evaluate, info" in capsys.readouterr().err
+
+
+def test_import_is_light():
+    """`import sr3fast` and its help load neither torch's users nor tyro."""
+    code = "import sys, sr3fast.__main__ as m; m.main([]); sys.exit(any(n in sys.modules for n in ('tyro', 'PIL')))"
+    assert (
+        subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=120).returncode == 0
+    )
+
+
+def test_python_m_exits_with_the_code(here):
+    command = [sys.executable, "-P", "-m", "sr3fast", "upscale", "missing.png", "--weights", "nowhere"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.startswith("sr3fast: ") and result.stderr.count("\n") == 1
+
+
+# Bad input
+
+
+def refused(here, folder, capsys, *arguments, match):
+    """One line that says what to do, exit code 2, and nothing written."""
+    before = files(here)
+    capsys.readouterr()
+    assert run(folder, *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sr3fast: ") and match in lines[0]
+    assert files(here) == before
+
+
+def test_not_an_image(here, folder, capsys):
+    Path("text.png").write_text("hello")
+    refused(here, folder, capsys, "text.png", match="text.png: not an image that Pillow can read: convert")
+
+
+def test_one_pixel(here, folder, capsys):
+    picture("dot.png", (1, 1))
+    refused(
+        here, folder, capsys, "dot.png", match="dot.png: a picture needs at least 2 x 2 pixels: got 1 x 1"
+    )
+
+
+def test_empty_file(here, folder, capsys):
+    Path("empty.png").touch()
+    refused(
+        here, folder, capsys, "empty.png", match="empty.png: the file is empty (0 bytes): remove it or copy"
+    )
+
+
+def test_truncated_file(here, folder, capsys):
+    data = picture("whole.png", (64, 64)).read_bytes()
+    Path("cut.png").write_bytes(data[: len(data) // 2])
+    refused(here, folder, capsys, "cut.png", match="cut.png: cut short or broken")
+
+
+def test_a_bomb_of_30000_by_30000(here, folder, capsys):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    Path("bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+    refused(here, folder, capsys, "bomb.png", match="parts first")
+
+
+def test_a_checkpoint_of_another_network(here, folder, capsys, tmp_path_factory):
+    picture("photo.png")
+    other = tmp_path_factory.mktemp("other")
+    for name in ("config.json", "model.safetensors"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    config["unet"]["multipliers"] = [1, 4]
+    (other / "config.json").write_text(json.dumps(config))
+    refused(here, other, capsys, "photo.png", match="[16, 8, 3, 3], not [32, 8, 3, 3]")
+
+
+def test_a_pickle_that_would_run_code(here, capsys, tmp_path_factory):
+    picture("photo.png")
+    places = tmp_path_factory.mktemp("pickle")
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(places / "it ran"),)
+
+    path = places / "I1_E1_gen.pth"
+    torch.save({"denoise_fn.downs.0.weight": Evil()}, path)
+    refused(here, path, capsys, "photo.png", match=str(path))
+    path.write_bytes(pickle.dumps(Evil()))
+    refused(here, path, capsys, "photo.png", match=str(path))
+    assert not (places / "it ran").exists()
+
+
+def test_steps_0(here, folder, capsys):
+    picture("photo.png")
+    refused(here, folder, capsys, "photo.png", "--steps", "0", match="steps must be")
+
+
+@pytest.mark.parametrize("betas", [[0.1, 1.0], [0.1, -0.2], [0.1, 2.5]])
+def test_a_schedule_with_gamma_outside_0_to_1(here, folder, capsys, tmp_path_factory, betas):
+    picture("photo.png")
+    other = tmp_path_factory.mktemp("schedule")
+    (other / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["schedule"] = {"betas": betas}
+    (other / "config.json").write_text(json.dumps(config))
+    refused(here, other, capsys, "photo.png", match="beta")
+
+
+def test_no_space_on_the_disk(here, folder, capsys, monkeypatch):
+    picture("photo.png")
+    save = Image.Image.save
+
+    def full(self, file, **options):
+        if isinstance(file, Path):
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, file, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(folder, "photo.png") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == "sr3fast: photo-x4.png: no space left on the disk: free some or write elsewhere"
+    assert files(here) == ["photo.png"]
+
+
+def test_a_device_that_is_not_there(here, folder, capsys):
+    picture("photo.png")
+    assert main(["upscale", "photo.png", "--weights", str(folder), "--device", "cuda:77"]) == 2
+    assert "--device cuda:77 is not there" in capsys.readouterr().err
+
+
+def test_a_format_that_cannot_hold_it(here, folder, capsys):
+    Image.new("RGBA", (4, 4)).save("clear.png")
+    refused(
+        here, folder, capsys, "clear.png", "--out", "x.jpg", match="JPEG cannot hold a picture of mode RGBA"
+    )
+
+
+def test_weights_that_are_not_there(here, capsys):
+    picture("photo.png")
+    refused(here, "nowhere", capsys, "photo.png", match="no weights at 'nowhere'")
