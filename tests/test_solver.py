@@ -288,7 +288,7 @@ def test_ddim_with_eta_1_is_ddpm():
 
 
 def sampled_over_true(table, std):
-    """Texture of N(0, std^2), denoised by the optimal (linear) f: what comes out, over std. Exact, no sampling.
+    """Texture of N(0, std^2), denoised by the optimal (linear) f: what comes out, over std, in closed form.
 
     y and the two m kept are linear in y_T and the z's: a row is one column for y_T and one for each z.
     """
