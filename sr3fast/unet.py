@@ -50,7 +50,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """skip(h) + conv2(dropout(act(norm2(conv1(act(norm1(h))) + noise(e))))), then attention where there is one.
+    """skip(h) + conv2(dropout(act(norm2(conv1(act(norm1(h))) + noise(e))))), then the attention if any.
 
     h: [B, in_channels, H, W], or a pair of tensors that is read as its concatenation; e: [B, channels of the
     embedding], already through SiLU in the ddpm variant. Returns [B, out_channels, H, W].
@@ -91,7 +91,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """h + out(softmax(q k^T / sqrt(C)) v) over the H W positions, one head; q, k, v: thirds of qkv(norm(h))."""
+    """h + out(softmax(q k^T / sqrt(C)) v) over the H W positions; q, k, v: thirds of qkv(norm(h))."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from .schedule import Schedule
 from .solver import LEVELS
 from .unet import UNet
 
-__all__ = ["Model", "Structure", "Target", "build", "find", "load", "save", "shipped"]
+__all__ = ["Model", "Structure", "Target", "build", "find", "load", "matched", "save", "shipped"]
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 MODELS = Path(__file__).parent / "models"
@@ -144,7 +144,8 @@ def save(folder: str | Path, model: Model, *, dtype: torch.dtype | None = None) 
     tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in state.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _written(folder / TENSORS) as weights_file, _written(folder / CONFIG) as config_file:
+    # the outer one is renamed last: a folder with a new config.json has its tensors
+    with _written(folder / CONFIG) as config_file, _written(folder / TENSORS) as weights_file:
         try:
             save_file(tensors, weights_file)
         except SafetensorError as error:  # how it reports a full disk
@@ -277,10 +278,24 @@ def build(
     names: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> UNet:
-    """UNet(**config) holding `tensors`, in evaluation mode.
+    """UNet(**config) holding `tensors`, in dtype unless that is None, in evaluation mode; see `matched`."""
+    unet = matched(config, tensors, source, names=names)
+    ready = {name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}
+    unet.load_state_dict(ready, assign=True)
+    return unet.eval()
+
+
+def matched(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    names: Mapping[str, str] | None = None,
+) -> UNet:
+    """UNet(**config) on the meta device, after a check that `tensors` fit it.
 
     source: says in errors where the tensors are from; names: their names there, where not ours.
-    ValueError, before anything is loaded: the first differing tensors, both shapes, and the likely config.
+    ValueError: the first differing tensors, both shapes, and the likely config.
     """
     with torch.device("meta"):
         unet = UNet(**config)
@@ -291,9 +306,7 @@ def build(
     whole = [name for name, t in tensors.items() if not t.is_floating_point()]
     if whole:
         raise ValueError(f"{source} must hold floats: {whole[0]} is {tensors[whole[0]].dtype}")
-    ready = {name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}
-    unet.load_state_dict(ready, assign=True)
-    return unet.eval()
+    return unet
 
 
 def _differences(
