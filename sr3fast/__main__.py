@@ -47,8 +47,8 @@ class Weights:
     """Of the network's arithmetic."""
     device: str | None = None
     """cpu, cuda, cuda:1; by default the GPU if there is one."""
-    consistency: bool | None = None
-    """Add up(source - down(result)), against a shift of colours; by default as the weights say."""
+    consistency: bool = False
+    """Add up(source - down(result)), against a shift of colours, even if the weights do not ask for it."""
 
     def open(self) -> Upscaler:
         import torch
@@ -64,7 +64,7 @@ class Weights:
             grid=self.grid,
             dtype=getattr(torch, self.dtype),
             device=_device(self.device),
-            consistency=self.consistency,
+            consistency=self.consistency or None,  # None: as the weights say
         )
 
     def model(self) -> Model:
@@ -436,7 +436,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         options,
         args=list(arguments),
         prog=f"sr3fast {command}",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
     )
     return function(parsed) or 0
 

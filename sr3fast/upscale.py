@@ -126,6 +126,7 @@ class Upscaler:
             solver=solver,
             steps=card.get("steps", 25) if steps is None else steps,
             grid=grid,
+            clip=model.target.clip if model.target.kind == "residual" and solver != "sr3" else ...,
             level=model.level,
             target=model.target,
         )
