@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import noise, ops
 from .image import resize
 from .schedule import Schedule
-from .solver import LEVELS, Table, rows
+from .solver import LEVELS, Table, default, rows
 
 if TYPE_CHECKING:
     from .weights import Target
@@ -40,8 +40,9 @@ class Samples(NamedTuple):
 
 
 class Run(Protocol):
-    """f_theta for one run: `into` is the place of y_t in its input, and run(i) is eps_hat at row i."""
+    """f_theta for one run: `x` and `into`, the places of x and y_t in its input, and run(i), eps_hat at row i."""
 
+    x: Tensor | None  # [B, Cx, H, W]
     into: Tensor  # [B, Cy, H, W], any float dtype and strides
 
     def __call__(self, i: int) -> Tensor: ...
@@ -122,6 +123,9 @@ class Sampler:
             raise ValueError(f'graph must be "auto", True or False: got {graph!r}')
         if scale is not None and not 1 <= scale < math.inf:
             raise ValueError(f"scale must be at least 1: got {scale}")
+        solver = default(steps, grid) if solver is None else solver
+        if clip is ... and target is not None and solver != "sr3":
+            clip = target.clip
         self._options: dict[str, Any] = {
             "solver": solver,
             "steps": steps,
@@ -144,6 +148,38 @@ class Sampler:
         self.last_seed: int | list[int] | None = None
         self._device = None if device is None else torch.device(device)
         self._engine = _engine(f_theta, dtype, graph)
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor | None,
+        seed: int | Sequence[int] | Tensor | None = 0,
+        *,
+        shape: Sequence[int] | None = None,
+        y_T: Tensor | None = None,
+        start: float | None = None,
+        z: Callable[[int], Tensor] | None = None,
+        consistency: bool = False,
+        callback: Callback | None = None,
+        progress: bool = False,
+        samples: None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor | None,
+        seed: int | Sequence[int] | Tensor | None = 0,
+        *,
+        shape: Sequence[int] | None = None,
+        y_T: Tensor | None = None,
+        start: float | None = None,
+        z: Callable[[int], Tensor] | None = None,
+        consistency: bool = False,
+        callback: Callback | None = None,
+        progress: bool = False,
+        samples: int,
+    ) -> Samples: ...
 
     def __call__(
         self,
@@ -308,6 +344,8 @@ class Sampler:
             _check_x(x)
             x = x.detach().to(device, torch.float32)
         shape = self._shape(x, shape, y_T)
+        if self.target is not None and self.target.kind == "residual" and (x is None or x.shape != shape):
+            raise ValueError(f"a residual target needs x of y's shape {list(shape)}: got {_shape_of(x)}")
         if z is not None and not callable(z):
             raise TypeError(f"z must be callable as z(step): got {type(z).__name__}")
         if consistency:
@@ -543,5 +581,5 @@ def _bar(total: int, shown: bool) -> Iterator[Any]:
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="sampling", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc="sampling", unit="step", dynamic_ncols=True, leave=None) as bar:
         yield bar
