@@ -40,10 +40,13 @@ class Samples(NamedTuple):
 
 
 class Run(Protocol):
-    """f_theta for one run: `x` and `into`, the places of x and y_t in its input, and run(i), eps_hat at row i."""
+    """f_theta for one run: the places of x and y_t in its input, and run(i), which is eps_hat at row i."""
 
-    x: Tensor | None  # [B, Cx, H, W]
-    into: Tensor  # [B, Cy, H, W], any float dtype and strides
+    @property
+    def x(self) -> Tensor | None: ...  # [B, Cx, H, W]
+
+    @property
+    def into(self) -> Tensor: ...  # [B, Cy, H, W], any float dtype and strides
 
     def __call__(self, i: int) -> Tensor: ...
 
@@ -339,9 +342,14 @@ class Sampler:
         z: Callable[[int], Tensor] | None = None,
         consistency: bool = False,
     ) -> _Inputs:
-        device = self._place(x, y_T)
         if x is not None:
             _check_x(x)
+        if y_T is not None and not (isinstance(y_T, Tensor) and y_T.is_floating_point()):
+            raise TypeError(
+                f"y_T must be a float tensor: got {y_T.dtype if isinstance(y_T, Tensor) else type(y_T)}"
+            )
+        device = self._place(x, y_T)
+        if x is not None:
             x = x.detach().to(device, torch.float32)
         shape = self._shape(x, shape, y_T)
         if self.target is not None and self.target.kind == "residual" and (x is None or x.shape != shape):
@@ -372,8 +380,6 @@ class Sampler:
         if y_T is not None:
             if start is not None:
                 raise ValueError("y_T and start both say where to begin: give one of them")
-            if not y_T.is_floating_point():
-                raise TypeError(f"y_T must be a float tensor: got {y_T.dtype}")
             return y_T.detach().to(seeds.device, torch.float32, copy=True).contiguous()
         z = ops.noise(shape, seeds, domain=noise.Y_T, device=seeds.device)
         gamma = table.gamma[0].item()

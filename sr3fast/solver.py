@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .schedule import Schedule, half_logsnr, sigmoid2
 
-__all__ = ["GRIDS", "LEVELS", "SOLVERS", "Row", "Table", "rows"]
+__all__ = ["GRIDS", "LEVELS", "SOLVERS", "Row", "Table", "default", "rows"]
 
 LEVELS = ("sqrt_gamma", "gamma", "t")
 FINEST = -math.log(0.005)  # lambda where logsnr ends: an 8-bit level is 0.0078 on [-1, 1]
@@ -307,6 +307,11 @@ def _langevin(gamma: float, snr: float) -> Weights:
 # ---------------------------------------------------------------------------------------------- table
 
 
+def default(steps: int | None, grid: str | Sequence[float] | Tensor | None) -> str:
+    """The solver where none is named: the paper's on every step of the chain, a second-order one on fewer."""
+    return "sr3" if steps is None and (grid is None or isinstance(grid, str)) else "dpm++2m"
+
+
 def rows(
     schedule: Schedule,
     *,
@@ -347,9 +352,7 @@ def rows(
     """
     steps = None if steps is None else _whole("steps", steps, at_least=1)
     corrector_steps = _whole("corrector_steps", corrector_steps, at_least=0)
-    named = grid is None or isinstance(grid, str)
-    if solver is None:
-        solver = "sr3" if steps is None and named else "dpm++2m"
+    solver = default(steps, grid) if solver is None else solver
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}: got {solver!r}")
     _check_share("eta", eta, solver, "ddim")
