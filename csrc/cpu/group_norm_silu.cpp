@@ -69,21 +69,6 @@ SR3FAST_INLINE Floats silu_slope(Floats n) {
   return s + n * s * (1.0f - s);
 }
 
-// f(index, vector) over n elements; the last, short vector is padded with `pad`.
-template <class T>
-SR3FAST_INLINE Floats load_some(const T* p, int64_t n, float pad) {
-  if (n >= kLanes) return load(p);
-  Floats v = all(pad);
-  for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
-  return v;
-}
-
-template <class T>
-SR3FAST_INLINE void store_some(T* p, int64_t n, Floats v) {
-  if (n >= kLanes) return store(p, v);
-  for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
-}
-
 // Moments of a contiguous stretch.
 template <class T>
 SR3FAST_INLINE Moments moments_of(const T* p, int64_t n) {

@@ -2,6 +2,11 @@
 // compiled for, and loads and stores of the three dtypes.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -27,6 +32,74 @@ typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words32 __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Words16 __attribute__((vector_size(kLanes * 2)));
+
+// The primitives of csrc/common/noise.h over a vector of counters.
+struct Lanes {
+  using Word = Words32;
+  using Int = Ints;
+  using Float = Floats;
+
+  static SR3FAST_INLINE Float as_float(Word i) { return (Floats)i; }
+  static SR3FAST_INLINE Word as_word(Float f) { return (Words32)f; }
+  static SR3FAST_INLINE Float to_float(Int i) { return __builtin_convertvector(i, Floats); }
+  static SR3FAST_INLINE Float sqrt(Float x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+    return x;
+#endif
+  }
+  // 32 x 32 bits to high and low words: the even lanes and the odd ones each take one widening multiplication
+  static SR3FAST_INLINE void multiply(uint32_t m, Word a, Word& high, Word& low) {
+#if defined(__AVX512F__)
+    const __m512i v = (__m512i)a, k = _mm512_set1_epi32(static_cast<int>(m));
+    const __m512i even = _mm512_mul_epu32(v, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), k);
+    high = (Words32)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+    low = (Words32)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+#elif defined(__AVX2__)
+    const __m256i v = (__m256i)a, k = _mm256_set1_epi32(static_cast<int>(m));
+    const __m256i even = _mm256_mul_epu32(v, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), k);
+    high = (Words32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = (Words32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#else
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t product = static_cast<uint64_t>(m) * a[i];
+      high[i] = static_cast<uint32_t>(product >> 32);
+      low[i] = static_cast<uint32_t>(product);
+    }
+#endif
+  }
+};
+
+// Four vectors a, b, c, d as a0 b0 c0 d0 a1 b1 ..: four neighbouring pixels a lane.
+SR3FAST_INLINE void store_interleaved(float* p, Floats a, Floats b, Floats c, Floats d) {
+#if defined(__AVX512F__)
+  const __m512 ab0 = _mm512_unpacklo_ps((__m512)a, (__m512)b), ab1 = _mm512_unpackhi_ps((__m512)a, (__m512)b);
+  const __m512 cd0 = _mm512_unpacklo_ps((__m512)c, (__m512)d), cd1 = _mm512_unpackhi_ps((__m512)c, (__m512)d);
+  const auto pairs = [](__m512 x, __m512 y, bool high) {
+    return high ? _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
+                : _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  // each holds one quad in each of its four 128-bit parts: quads i, i + 4, i + 8, i + 12
+  const __m512 q[4] = {pairs(ab0, cd0, false), pairs(ab0, cd0, true), pairs(ab1, cd1, false), pairs(ab1, cd1, true)};
+  const __m512 s0 = _mm512_shuffle_f32x4(q[0], q[1], 0x44), s1 = _mm512_shuffle_f32x4(q[2], q[3], 0x44);
+  const __m512 s2 = _mm512_shuffle_f32x4(q[0], q[1], 0xee), s3 = _mm512_shuffle_f32x4(q[2], q[3], 0xee);
+  _mm512_storeu_ps(p, _mm512_shuffle_f32x4(s0, s1, 0x88));
+  _mm512_storeu_ps(p + 16, _mm512_shuffle_f32x4(s0, s1, 0xdd));
+  _mm512_storeu_ps(p + 32, _mm512_shuffle_f32x4(s2, s3, 0x88));
+  _mm512_storeu_ps(p + 48, _mm512_shuffle_f32x4(s2, s3, 0xdd));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    p[4 * i] = a[i];
+    p[4 * i + 1] = b[i];
+    p[4 * i + 2] = c[i];
+    p[4 * i + 3] = d[i];
+  }
+#endif
+}
 
 struct bf16 {
   uint16_t bits;
@@ -85,6 +158,21 @@ SR3FAST_INLINE void store(bf16* p, Floats v) {
 }
 SR3FAST_INLINE void store(f16* p, Floats v) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<f16>(v[i]);
+}
+
+// The last, short vector of a stretch: n elements, the rest is padding.
+template <class T>
+SR3FAST_INLINE Floats load_some(const T* p, int64_t n, float pad) {
+  if (n >= kLanes) return load(p);
+  Floats v = all(pad);
+  for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+template <class T>
+SR3FAST_INLINE void store_some(T* p, int64_t n, Floats v) {
+  if (n >= kLanes) return store(p, v);
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
 }
 
 SR3FAST_INLINE float sum(Floats v) {

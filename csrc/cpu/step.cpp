@@ -2,6 +2,8 @@
 //
 // A tile is a stretch of one image row: all its noise is drawn into a small buffer, then one pass updates it.
 // In NCHW a tile is one channel's pixels, in channels_last the pixels with their channels between them.
+#include <type_traits>
+
 #include "../common/noise.h"
 #include "../common/ops.h"
 #include "parallel.h"
@@ -10,8 +12,8 @@
 namespace sr3fast::cpu::SR3FAST_ISA {
 namespace {
 
-constexpr int kQuads = 16;               // counters drawn side by side
-constexpr int kPixels = 4 * 4 * kQuads;  // pixels of a tile, NCHW
+constexpr int kQuad = 4 * kLanes;  // pixels drawn side by side: a counter a lane
+constexpr int kPixels = 256;       // pixels of a tile, NCHW
 constexpr int kChannels = 16;            // channels of a tile, channels_last
 constexpr int kTile = 1024;              // elements of a tile
 static_assert(kPixels <= kTile, "an NCHW tile fits the buffers");
@@ -24,30 +26,19 @@ struct Tile {
 // z of pixels w .. w + pixels of one channel, stride apart.
 SR3FAST_INLINE void draw(float* z, int64_t stride, uint64_t seed, uint32_t domain, uint32_t step, int64_t c,
                          int64_t h, int64_t w, int64_t pixels) {
-  for (int64_t quad = w / 4; quad * 4 < w + pixels; quad += kQuads) {
-    float lanes[4][kQuads];
-#pragma GCC ivdep
-    for (int i = 0; i < kQuads; ++i) {
-      const Normals n = normals(seed, domain, step, static_cast<uint32_t>(c), static_cast<uint32_t>(h),
-                                static_cast<uint32_t>(quad) + static_cast<uint32_t>(i));
-      lanes[0][i] = n.z0;
-      lanes[1][i] = n.z1;
-      lanes[2][i] = n.z2;
-      lanes[3][i] = n.z3;
-    }
+  Words32 lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+  for (int64_t quad = w / 4; quad * 4 < w + pixels; quad += kLanes) {
+    const auto n = normals<Lanes>(seed, domain, step, static_cast<uint32_t>(c), static_cast<uint32_t>(h),
+                                  lane + static_cast<uint32_t>(quad));
     const int64_t first = quad * 4 - w;  // may be negative: the quad starts left of the tile
-    if (stride == 1 && first >= 0 && first + 4 * kQuads <= pixels) {
-#pragma GCC ivdep
-      for (int i = 0; i < kQuads; ++i) {
-        float* p = z + first + 4 * i;
-        p[0] = lanes[0][i];
-        p[1] = lanes[1][i];
-        p[2] = lanes[2][i];
-        p[3] = lanes[3][i];
-      }
+    if (stride == 1 && first >= 0 && first + kQuad <= pixels) {
+      store_interleaved(z + first, n.z0, n.z1, n.z2, n.z3);
     } else {
-      for (int64_t i = first < 0 ? -first : 0; i < 4 * kQuads && first + i < pixels; ++i)
-        z[(first + i) * stride] = lanes[i % 4][i / 4];
+      float drawn[kQuad];
+      store_interleaved(drawn, n.z0, n.z1, n.z2, n.z3);
+      for (int64_t i = first < 0 ? -first : 0; i < kQuad && first + i < pixels; ++i)
+        z[(first + i) * stride] = drawn[i];
     }
   }
 }
@@ -67,15 +58,16 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
   threads = threads_for(threads, y.numel());
   if (!y.channels_last()) {
     parallel_ranges(threads, B * C * H, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t w = 0; w < W; w += kPixels) {
-          const int64_t pixels = W - w < kPixels ? W - w : kPixels;
-          f(Tile{i / H / C, i / H % C, 1, i % H, w, pixels}, i * W + w);
-        }
+      int64_t b = begin / H / C, c = begin / H % C, h = begin % H;
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t w = 0; w < W; w += kPixels) f(Tile{b, c, 1, h, w, W - w < kPixels ? W - w : kPixels}, i * W + w);
+        if (++h == H) h = 0, ++c;
+        if (c == C) c = 0, ++b;
+      }
     });
     return;
   }
-  const int64_t pixels_a_tile = C <= kChannels ? (kTile / C) / (4 * kQuads) * (4 * kQuads) : 4 * kQuads;
+  const int64_t pixels_a_tile = C <= kChannels ? (kTile / C) / kQuad * kQuad : kQuad;
   parallel_ranges(threads, B * H, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t w = 0; w < W; w += pixels_a_tile)
@@ -102,6 +94,40 @@ SR3FAST_INLINE void each_run(const Tensor& y, const Tile& t, int64_t offset, F&&
 SR3FAST_INLINE bool in_tile_order(const Tensor& t, const Tile& tile) {
   const bool pixels = tile.channels > 1 ? t.stride[3] == tile.channels : t.stride[3] == 1;
   return t.dtype == Dtype::f32 && (pixels || tile.pixels == 1) && (tile.channels == 1 || t.stride[1] == 1);
+}
+
+// Asks for a tile's operands before its noise is drawn, so that memory and arithmetic overlap.
+SR3FAST_INLINE void prefetch(const float* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+}
+
+// The update of n elements; every element is read before it is written, so out may be y and m may be m1 or m2.
+template <class T>
+SR3FAST_INLINE void update_run(const Row& row, int64_t n, const float* y, const T* f, const float* m1,
+                               const float* m2, const float* z, float* out, float* m, float* copy) {
+  const Floats a = all(row.a), b = all(row.b), recip = all(row.recip), ratio = all(row.ratio);
+  const Floats top = all(row.clip), bottom = all(-row.clip);
+  const bool estimates = m || row.c0 != 0.0f;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t left = n - i;
+    const auto term = [&](float coefficient, const float* p, Floats sum) {
+      return coefficient != 0.0f ? sum + coefficient * load_some(p + i, left, 0.0f) : sum;
+    };
+    const Floats y_i = load_some(y + i, left, 0.0f), f_i = load_some(f + i, left, 0.0f);
+    Floats next = a * y_i + b * f_i;
+    if (estimates) {
+      Floats m_i = recip * y_i - ratio * f_i;
+      m_i = m_i < bottom ? bottom : (m_i > top ? top : m_i);
+      if (row.c0 != 0.0f) next = next + row.c0 * m_i;
+      next = term(row.c2, m2, term(row.c1, m1, next));
+      if (m) store_some(m + i, left, m_i);
+    } else {
+      next = term(row.c2, m2, term(row.c1, m1, next));
+    }
+    next = term(row.s, z, next);
+    store_some(out + i, left, next);
+    if (copy) store_some(copy + i, left, next);
+  }
 }
 
 SR3FAST_INLINE const float* gather(const Tensor& t, const Tile& tile, float* buffer) {
@@ -156,33 +182,23 @@ void solver_step(Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Sc
   const auto* z_data = static_cast<const float*>(z.data);
   auto* out_data = static_cast<float*>(out.data);
   auto* m_data = static_cast<float*>(m.data);
-  const bool estimates = m_data || row.c0 != 0.0f;
   each_tile(y, exec.threads, [&](const Tile& tile, int64_t tile_offset) {
-    float z_buffer[kTile], f_buffer[kTile], y_buffer[kTile], m_buffer[kTile];
+    float z_buffer[kTile], f_buffer[kTile], copy[kTile];
     const bool draws = row.s != 0.0f && !z_data;
-    if (draws) draw_tile(z_buffer, tile, seed.of(tile.b), kRefine, t, origin);
+    if (draws) {
+      prefetch(y_data + tile_offset, tile.pixels);
+      if (eps_hat.dtype == Dtype::f32)
+        prefetch(static_cast<const float*>(eps_hat.data) + eps_hat.offset(tile.b, tile.c, tile.h, tile.w), tile.pixels);
+      if (out_data != y_data) prefetch(out_data + tile_offset, tile.pixels);
+      draw_tile(z_buffer, tile, seed.of(tile.b), kRefine, t, origin);
+    }
     const float* f_tile = gather(eps_hat, tile, f_buffer);
     each_run(y, tile, tile_offset, [&](int64_t at, int64_t start, int64_t n) {
-      // y' and m stay in the buffers till the last read: out may be y, m may be m1 or m2
-      const float* f = f_tile + start;
-      float* next = y_buffer + start;
-      float* m_run = m_buffer + start;
-      const float* y_run = y_data + at;
-      if (estimates)
-        for (int64_t i = 0; i < n; ++i) m_run[i] = estimate(row, y_run[i], f[i]);
-      for (int64_t i = 0; i < n; ++i) next[i] = row.a * y_run[i] + row.b * f[i];
-      const auto add = [&](float coefficient, const float* term) {
-        if (coefficient != 0.0f)
-          for (int64_t i = 0; i < n; ++i) next[i] = next[i] + coefficient * term[i];
-      };
-      add(row.c0, m_run);
-      add(row.c1, m1_data + at);
-      add(row.c2, m2_data + at);
-      add(row.s, draws ? z_buffer + start : z_data + at);
-      std::memcpy(out_data + at, next, n * sizeof(float));
-      if (m_data) std::memcpy(m_data + at, m_run, n * sizeof(float));
+      update_run(row, n, y_data + at, f_tile + start, m1_data + at, m2_data + at,
+                 draws ? z_buffer + start : z_data + at, out_data + at, m_data ? m_data + at : nullptr,
+                 into ? copy + start : nullptr);
     });
-    if (into) scatter(y_buffer, into, tile);
+    if (into) scatter(copy, into, tile);
   });
 }
 
