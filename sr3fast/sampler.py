@@ -23,12 +23,12 @@ from .solver import LEVELS, Table, default, rows
 if TYPE_CHECKING:
     from .weights import Target
 
-__all__ = ["Sampler", "Samples"]
+__all__ = ["Network", "Run", "Sampler", "Samples", "network"]
 
 log = logging.getLogger(__name__)
 
 Callback = Callable[[int, Tensor, Tensor], Any]
-Network = Callable[[Tensor | None, Tensor, Tensor], Tensor]
+Function = Callable[[Tensor | None, Tensor, Tensor], Tensor]
 
 
 class Samples(NamedTuple):
@@ -68,7 +68,8 @@ class Sampler:
 
     Args:
         f_theta: any callable (x, y_t, level) -> eps_hat of y_t's shape. level is float32 [B, 1], or int64 [B]
-            where level="t". A module in training mode is run in evaluation mode and gets its mode back.
+            where level="t". A module in training mode is run in evaluation mode and gets its mode back. Or an
+            object that starts its own runs (`Network`).
         schedule: the one it was trained with.
         solver, steps, grid, eta, variance, clip, corrector_steps, snr: see `solver.rows`. By default "sr3" on
             every step, and where `steps` is given "dpm++2m" on the grid "blend".
@@ -77,7 +78,7 @@ class Sampler:
         dtype: of x and y_t as f_theta gets them; by default that of its parameters, or float32. The state y_t
             itself is float32 always.
         device: where to sample; x is copied there. By default where f_theta's parameters are, or x.
-        graph: capture the step as a CUDA graph: "auto" where it is known to work, True, False.
+        graph: run f_theta as a CUDA graph: "auto" for our UNet, True for any (checked against eager), False.
         target: what y_0 is to the weights (`weights.Target`): the image, or a residual, decoded at the end.
         scale: enlargement from the source to x; consistency=True needs it.
 
@@ -91,7 +92,7 @@ class Sampler:
 
     def __init__(
         self,
-        f_theta: Network,
+        f_theta: Function | Network,
         schedule: Schedule,
         *,
         solver: str | None = None,
@@ -150,7 +151,7 @@ class Sampler:
         self.table = rows(schedule, **self._options)
         self.last_seed: int | list[int] | None = None
         self._device = None if device is None else torch.device(device)
-        self._engine = _engine(f_theta, dtype, graph)
+        self._network = network(f_theta, dtype, graph)
 
     @overload
     def __call__(
@@ -306,7 +307,7 @@ class Sampler:
         history = [torch.empty_like(y) for _ in range(table.depth)]  # m_{t+1}, m_{t+2}
         y_0_hat = None if callback is None else torch.empty_like(y)
         with _evaluation(self.f_theta), _bar(N, progress) as bar:
-            f_theta = self._engine.start(x, y.shape, table.levels(self.level).to(y.device))
+            f_theta = self._network.start(x, y.shape, table.levels(self.level).to(y.device))
             f_theta.into.copy_(y)
             for i, row in enumerate(table.rows.tolist()):
                 step = N - i
@@ -468,31 +469,42 @@ class _Inputs:
 # ------------------------------------------------------------------------------------- the network
 
 
-def _engine(f_theta: Any, dtype: torch.dtype | None, graph: bool | str) -> Any:
-    """The engine for our UNet, what starts runs by itself as it is, the adapter for any other callable."""
+class Network(Protocol):
+    """What starts a run: the engine, the adapter, windows over either."""
+
+    def start(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> Run:
+        """A run over `levels`, float32 or int64 [N], for x [B, Cx, H, W] or None and y of `shape`."""
+        ...
+
+
+def network(f_theta: Any, dtype: torch.dtype | None = None, graph: bool | str = "auto") -> Network:
+    """f_theta itself where it starts its runs, the engine for our UNet, the adapter for another callable."""
     if hasattr(f_theta, "start"):
         return f_theta
-    return _Adapter(f_theta, dtype)
+    return _Adapter(f_theta, dtype, graph is True)
 
 
 class _Adapter:
     """Any f_theta(x, y_t, level) behind the engine's interface."""
 
-    def __init__(self, f_theta: Network, dtype: torch.dtype | None):
+    def __init__(self, f_theta: Function, dtype: torch.dtype | None, graph: bool):
         self.f_theta = f_theta
         self.dtype = dtype
+        self.graph = graph
 
-    def start(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> _AdapterRun:
-        """x [B, Cx, H, W] or None, y's shape, levels [N]: float32, or int64 for networks conditioned on t."""
+    def start(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> _Eager:
+        if self.graph and levels.device.type != "cuda":
+            raise ValueError(f"graph=True captures a CUDA graph: got tensors on {levels.device}")
         dtype = self.dtype or next(
             (p.dtype for p in _parameters(self.f_theta) if p.is_floating_point()), torch.float32
         )
-        return _AdapterRun(self.f_theta, None if x is None else x.to(dtype), shape, levels, dtype)
+        run = _Captured if self.graph else _Eager
+        return run(self.f_theta, None if x is None else x.to(dtype), shape, levels, dtype)
 
 
-class _AdapterRun:
+class _Eager:
     def __init__(
-        self, f_theta: Network, x: Tensor | None, shape: Sequence[int], levels: Tensor, dtype: torch.dtype
+        self, f_theta: Function, x: Tensor | None, shape: Sequence[int], levels: Tensor, dtype: torch.dtype
     ):
         self.f_theta = f_theta
         self.x = x
@@ -508,6 +520,47 @@ class _AdapterRun:
                 f"f_theta must return y_t's shape {list(self.into.shape)}: got {_shape_of(eps_hat)}"
             )
         return eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
+
+
+class _Captured(_Eager):
+    """The same as a CUDA graph, captured at the first row; its first replays are checked against eager."""
+
+    CHECKED = 2  # the second row has another y_t and level: a graph that ignores them shows
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, i: int) -> Tensor:
+        if self.graph is None:
+            self.level = self.levels[i].clone()
+            self.graph = self._capture()
+        self.level.copy_(self.levels[i])
+        self.graph.replay()
+        if i < self.CHECKED:
+            self._check(super().__call__(i))
+        return self.eps_hat
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        device = self.into.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # lazy initialisations must not be captured
+            for _ in range(2):
+                super().__call__(0)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            eps_hat = self.f_theta(self.x, self.into.clone(), self.level.clone())
+            self.eps_hat = eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
+        return graph
+
+    def _check(self, eager: Tensor) -> None:
+        # convolutions may choose other algorithms under capture: equal up to rounding
+        tolerance = 64 * torch.finfo(self.into.dtype).eps * max(eager.abs().max().item(), 1.0)
+        off = (self.eps_hat.float() - eager.float()).abs().max().item()
+        if not off <= tolerance:
+            raise RuntimeError(
+                f"f_theta gives other results as a CUDA graph (off by {off:.3g}, more than {tolerance:.3g}):"
+                " it does work on the host that a graph does not repeat; pass graph=False"
+            )
 
 
 def _parameters(f_theta: Any) -> Iterator[Tensor]:

@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import image, weights
-from .sampler import Run, Sampler
-from .sampler import _engine as engine
+from .sampler import Run, Sampler, network
 from .weights import Model, Target
 
 __all__ = ["Spread", "Tiled", "Trace", "Upscaler", "upscale"]
@@ -237,7 +236,7 @@ class Tiled(nn.Module):
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1: got {batch}")
         self.tile, self.batch = tile, batch
-        self.engine = engine(f_theta, dtype, "auto")
+        self.network = network(f_theta, dtype)
         if hasattr(f_theta, "variant"):
             self.variant = f_theta.variant
         if hasattr(f_theta, "out_channels"):
@@ -256,7 +255,7 @@ class Tiled(nn.Module):
         if tile is None:
             tile = TILE if H * W > UNTILED else 0
         if not tile or tile >= max(H, W):
-            return self.engine.start(x, shape, levels)
+            return self.network.start(x, shape, levels)
         return _TiledRun(self, tile, x, shape, levels)
 
 
@@ -282,14 +281,16 @@ class _TiledRun:
         self.into = torch.empty(tuple(shape), device=x.device)
         self.eps_hat = torch.empty(tuple(shape), device=x.device)
         first = x.new_empty(self.batch, x.shape[1], h, w)
-        self.run = tiled.engine.start(first, (self.batch, C, h, w), levels)
+        self.run = tiled.network.start(first, (self.batch, C, h, w), levels)
+        assert self.run.x is not None
+        self.source = self.run.x
 
     def __call__(self, i: int) -> Tensor:
         self.eps_hat.zero_()
         for start in range(0, len(self.windows), self.batch):
             group = self.windows[start : start + self.batch]
             for k, (place, _) in enumerate(group):
-                self.run.x[k : k + 1].copy_(self.x[place])
+                self.source[k : k + 1].copy_(self.x[place])
                 self.run.into[k : k + 1].copy_(self.into[place])
             for eps_hat, (place, weight) in zip(self.run(i), group):  # noqa: B905  the last group may be smaller
                 self.eps_hat[place] += weight * eps_hat

@@ -582,9 +582,61 @@ def test_z_of_another_shape(x):
         Sampler(f_theta, SCHEDULE)(x, z=lambda step: torch.zeros(1))
 
 
+def test_graph_needs_cuda(x):
+    with pytest.raises(ValueError, match="graph=True captures a CUDA graph: got tensors on cpu"):
+        Sampler(f_theta, SCHEDULE, graph=True)(x)
+    assert Sampler(f_theta, SCHEDULE, steps=2, graph=False)(x).isfinite().all()
+
+
+def test_a_network_that_starts_its_own_runs(x):
+    class Recorded:
+        def start(self, x, shape, levels):
+            self.started = (x.shape, tuple(shape), levels)
+            run = Recorded()
+            run.x, run.into, run.levels = (
+                x,
+                torch.empty(shape, dtype=torch.bfloat16).mT.contiguous().mT,
+                levels,
+            )
+            return run
+
+        def __call__(self, i):
+            return f_theta(self.x, self.into.float(), self.levels[i].expand(3, 1))
+
+    def rounding(x, y_t, level):
+        return f_theta(x, y_t.bfloat16().float(), level)
+
+    network = Recorded()
+    sampler = Sampler(network, SCHEDULE, steps=5)
+    assert torch.equal(sampler(x), Sampler(rounding, SCHEDULE, steps=5)(x))
+    assert network.started[:2] == (x.shape, tuple(x.shape))
+    assert torch.equal(network.started[2], sampler.table.gamma.sqrt().float())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_noise_on_the_gpu(x):
     sampler = Sampler(f_theta, SCHEDULE, solver="sr3")
     assert (sampler(x.cuda(), 5).cpu() - sampler(x, 5)).abs().max() < 1e-4
     assert torch.equal(Sampler(f_theta, SCHEDULE, device="cuda")(x, 5), sampler(x.cuda(), 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_graph_is_the_eager_run(x):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(6, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1)).cuda()
+
+    def convolutions(x, y_t, level):
+        return network(torch.cat([x, y_t], 1)) * level.view(-1, 1, 1, 1)
+
+    calls = []
+
+    def counting(x, y_t, level):
+        calls.append(1)  # work on the host, which a graph does not repeat
+        return convolutions(x, y_t, level) + len(calls)
+
+    eager, captured = (Sampler(convolutions, SCHEDULE, steps=8, graph=g)(x.cuda(), 2) for g in (False, True))
+    assert (eager - captured).abs().max() < 1e-3
+    with pytest.raises(RuntimeError, match="pass graph=False"):
+        Sampler(counting, SCHEDULE, steps=8, graph=True)(x.cuda())
