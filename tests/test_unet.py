@@ -16,6 +16,15 @@ SMALL = dict(
 VARIANTS = ("sr3", "ddpm")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pair(variant="sr3", inputs=6, outputs=3, dropout=0.0):
     """Our network and the plain one, with the same random weights."""
     plain = janspiry.diffusion(variant=variant, inputs=inputs, outputs=outputs, dropout=dropout).denoise_fn
