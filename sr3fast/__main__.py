@@ -417,6 +417,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name != "tyro":
             raise
         print("sr3fast: the command line needs tyro: pip install 'sr3fast[cli]'", file=sys.stderr)
+    except BrokenPipeError:  # | head
+        return 0
     except (ValueError, OSError, pickle.UnpicklingError) as error:
         print(_complaint(error), file=sys.stderr)
     except RuntimeError as error:
@@ -432,12 +434,10 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         return info(Info())
     import tyro
 
-    parsed: Any = tyro.cli(
-        options,
-        args=list(arguments),
-        prog=f"sr3fast {command}",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
-    )
+    config: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
+    if issubclass(options, Weights):  # sr3fast upscale photo.jpg, but sr3fast train --data photos
+        config += (tyro.conf.PositionalRequiredArgs,)
+    parsed: Any = tyro.cli(options, args=list(arguments), prog=f"sr3fast {command}", config=config)
     return function(parsed) or 0
 
 
