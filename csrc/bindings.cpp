@@ -68,7 +68,8 @@ Seeds seeds(const py::tuple& o) {
 
 Norm norm(const py::object& h, const py::object& h2, const py::object& residual, const py::object& weight,
           const py::object& bias, const py::object& shift, int64_t groups, double eps, bool silu) {
-  return {tensor(h), tensor(h2), tensor(residual), vector(weight), vector(bias), vector(shift), groups, eps, silu};
+  return {tensor(h), tensor(h2), tensor(residual), vector(weight), vector(bias), vector(shift), groups,
+          eps,       silu};
 }
 
 Exec exec(const py::tuple& o) {
@@ -79,73 +80,74 @@ Exec exec(const py::tuple& o) {
   return e;
 }
 
-#define SR3FAST_BIND(home)                                                                                    \
-  void bind_##home(py::module_ m) {                                                                           \
-    m.def("noise", [](py::object out, py::tuple seed, py::tuple step, uint32_t domain, int64_t h0,            \
-                      int64_t w0, py::tuple on) {                                                             \
-      const auto a = tensor(out);                                                                             \
-      const auto s = seeds(seed);                                                                             \
-      const auto t = scalar<int64_t>(step);                                                                   \
-      const auto e = exec(on);                                                                                \
-      py::gil_scoped_release release;                                                                         \
-      home::noise(a, s, t, domain, {h0, w0}, e);                                                              \
-    });                                                                                                       \
-    m.def("refine", [](py::object out, py::object into, py::object y, py::object eps_hat, py::tuple alpha,    \
-                       py::tuple gamma, py::tuple seed, py::tuple step, py::object z, int64_t h0, int64_t w0, \
-                       py::tuple on) {                                                                        \
-      const auto a = tensor(out), b = tensor(into), c = tensor(y), d = tensor(eps_hat), f = tensor(z);        \
-      const auto al = scalar<double>(alpha), ga = scalar<double>(gamma);                                      \
-      const auto s = seeds(seed);                                                                             \
-      const auto t = scalar<int64_t>(step);                                                                   \
-      const auto e = exec(on);                                                                                \
-      py::gil_scoped_release release;                                                                         \
-      home::refine(a, b, c, d, al, ga, s, t, f, {h0, w0}, e);                                                 \
-    });                                                                                                       \
-    m.def("solver_step", [](py::object out, py::object m_out, py::object into, py::object y,                  \
-                            py::object eps_hat, py::tuple row, py::tuple seed, py::tuple step, py::object m1, \
-                            py::object m2, py::object z, int64_t h0, int64_t w0, py::tuple on) {              \
-      const auto a = tensor(out), b = tensor(m_out), c = tensor(into), d = tensor(y), f = tensor(eps_hat);    \
-      const auto g = tensor(m1), h = tensor(m2), i = tensor(z);                                               \
-      const auto r = scalar<Row>(row);                                                                        \
-      const auto s = seeds(seed);                                                                             \
-      const auto t = scalar<int64_t>(step);                                                                   \
-      const auto e = exec(on);                                                                                \
-      py::gil_scoped_release release;                                                                         \
-      home::solver_step(a, b, c, d, f, r, s, t, g, h, i, {h0, w0}, e);                                        \
-    });                                                                                                       \
-    m.def("q_sample", [](py::object out, py::object eps_out, py::object into, py::object y_0,                 \
-                         py::tuple gamma, bool per_sample, py::tuple seed, py::tuple step, py::object eps,    \
-                         int64_t h0, int64_t w0, py::tuple on) {                                              \
-      const auto a = tensor(out), b = tensor(eps_out), c = tensor(into), d = tensor(y_0), f = tensor(eps);    \
-      auto ga = scalar<double>(gamma);                                                                        \
-      if (per_sample) ga.device = address<const double>(integer(gamma.ptr(), 0));                             \
-      const auto s = seeds(seed);                                                                             \
-      const auto t = scalar<int64_t>(step);                                                                   \
-      const auto e = exec(on);                                                                                \
-      py::gil_scoped_release release;                                                                         \
-      home::q_sample(a, b, c, d, ga, per_sample, s, t, f, {h0, w0}, e);                                       \
-    });                                                                                                       \
-    m.def("group_norm_silu", [](py::object out, py::object s, int64_t mean, int64_t rstd, py::object h,       \
-                                py::object h2, py::object residual, py::object weight, py::object bias,       \
-                                py::object shift, int64_t groups, double eps, bool silu, py::tuple on) {      \
-      const auto a = tensor(out), b = tensor(s);                                                              \
-      const auto n = norm(h, h2, residual, weight, bias, shift, groups, eps, silu);                           \
-      const auto e = exec(on);                                                                                \
-      py::gil_scoped_release release;                                                                         \
-      home::group_norm_silu(a, b, address<float>(mean), address<float>(rstd), n, e);                          \
-    });                                                                                                       \
-    m.def("group_norm_silu_backward",                                                                         \
-          [](py::object dh, py::object dh2, int64_t dweight, int64_t dbias, int64_t dshift, py::object grad,  \
-             py::object grad_s, int64_t mean, int64_t rstd, py::object h, py::object h2, py::object weight,   \
-             py::object bias, py::object shift, int64_t groups, bool silu, py::tuple on) {                    \
-            const auto a = tensor(dh), b = tensor(dh2), c = tensor(grad), d = tensor(grad_s);                 \
-            const auto n = norm(h, h2, py::none(), weight, bias, shift, groups, 0.0, silu);                   \
-            const auto e = exec(on);                                                                          \
-            py::gil_scoped_release release;                                                                   \
-            home::group_norm_silu_backward(a, b, address<float>(dweight), address<float>(dbias),              \
-                                           address<float>(dshift), c, d, address<const float>(mean),          \
-                                           address<const float>(rstd), n, e);                                 \
-          });                                                                                                 \
+#define SR3FAST_BIND(home)                                                                                   \
+  void bind_##home(py::module_ m) {                                                                          \
+    m.def("noise", [](py::object out, py::tuple seed, py::tuple step, uint32_t domain, int64_t h0,           \
+                      int64_t w0, py::tuple on) {                                                            \
+      const auto a = tensor(out);                                                                            \
+      const auto s = seeds(seed);                                                                            \
+      const auto t = scalar<int64_t>(step);                                                                  \
+      const auto e = exec(on);                                                                               \
+      py::gil_scoped_release release;                                                                        \
+      home::noise(a, s, t, domain, {h0, w0}, e);                                                             \
+    });                                                                                                      \
+    m.def("refine", [](py::object out, py::object into, py::object y, py::object eps_hat, py::tuple alpha,   \
+                       py::tuple gamma, py::tuple seed, py::tuple step, py::object z, int64_t h0,            \
+                       int64_t w0, py::tuple on) {                                                           \
+      const auto a = tensor(out), b = tensor(into), c = tensor(y), d = tensor(eps_hat), f = tensor(z);       \
+      const auto al = scalar<double>(alpha), ga = scalar<double>(gamma);                                     \
+      const auto s = seeds(seed);                                                                            \
+      const auto t = scalar<int64_t>(step);                                                                  \
+      const auto e = exec(on);                                                                               \
+      py::gil_scoped_release release;                                                                        \
+      home::refine(a, b, c, d, al, ga, s, t, f, {h0, w0}, e);                                                \
+    });                                                                                                      \
+    m.def("solver_step", [](py::object out, py::object m_out, py::object into, py::object y,                 \
+                            py::object eps_hat, py::tuple row, py::tuple seed, py::tuple step,               \
+                            py::object m1, py::object m2, py::object z, int64_t h0, int64_t w0,              \
+                            py::tuple on) {                                                                  \
+      const auto a = tensor(out), b = tensor(m_out), c = tensor(into), d = tensor(y), f = tensor(eps_hat);   \
+      const auto g = tensor(m1), h = tensor(m2), i = tensor(z);                                              \
+      const auto r = scalar<Row>(row);                                                                       \
+      const auto s = seeds(seed);                                                                            \
+      const auto t = scalar<int64_t>(step);                                                                  \
+      const auto e = exec(on);                                                                               \
+      py::gil_scoped_release release;                                                                        \
+      home::solver_step(a, b, c, d, f, r, s, t, g, h, i, {h0, w0}, e);                                       \
+    });                                                                                                      \
+    m.def("q_sample", [](py::object out, py::object eps_out, py::object into, py::object y_0,                \
+                         py::tuple gamma, bool per_sample, py::tuple seed, py::tuple step, py::object eps,   \
+                         int64_t h0, int64_t w0, py::tuple on) {                                             \
+      const auto a = tensor(out), b = tensor(eps_out), c = tensor(into), d = tensor(y_0), f = tensor(eps);   \
+      auto ga = scalar<double>(gamma);                                                                       \
+      if (per_sample) ga.device = address<const double>(integer(gamma.ptr(), 0));                            \
+      const auto s = seeds(seed);                                                                            \
+      const auto t = scalar<int64_t>(step);                                                                  \
+      const auto e = exec(on);                                                                               \
+      py::gil_scoped_release release;                                                                        \
+      home::q_sample(a, b, c, d, ga, per_sample, s, t, f, {h0, w0}, e);                                      \
+    });                                                                                                      \
+    m.def("group_norm_silu", [](py::object out, py::object s, int64_t mean, int64_t rstd, py::object h,      \
+                                py::object h2, py::object residual, py::object weight, py::object bias,      \
+                                py::object shift, int64_t groups, double eps, bool silu, py::tuple on) {     \
+      const auto a = tensor(out), b = tensor(s);                                                             \
+      const auto n = norm(h, h2, residual, weight, bias, shift, groups, eps, silu);                          \
+      const auto e = exec(on);                                                                               \
+      py::gil_scoped_release release;                                                                        \
+      home::group_norm_silu(a, b, address<float>(mean), address<float>(rstd), n, e);                         \
+    });                                                                                                      \
+    m.def("group_norm_silu_backward",                                                                        \
+          [](py::object dh, py::object dh2, int64_t dweight, int64_t dbias, int64_t dshift, py::object grad, \
+             py::object grad_s, int64_t mean, int64_t rstd, py::object h, py::object h2, py::object weight,  \
+             py::object bias, py::object shift, int64_t groups, bool silu, py::tuple on) {                   \
+            const auto a = tensor(dh), b = tensor(dh2), c = tensor(grad), d = tensor(grad_s);                \
+            const auto n = norm(h, h2, py::none(), weight, bias, shift, groups, 0.0, silu);                  \
+            const auto e = exec(on);                                                                         \
+            py::gil_scoped_release release;                                                                  \
+            home::group_norm_silu_backward(a, b, address<float>(dweight), address<float>(dbias),             \
+                                           address<float>(dshift), c, d, address<const float>(mean),         \
+                                           address<const float>(rstd), n, e);                                \
+          });                                                                                                \
   }
 
 SR3FAST_BIND(cpu)

@@ -1,5 +1,5 @@
-// Noise v1: the arithmetic that the CPU and CUDA homes compile alike, over one counter (`One`, here) or over a
-// vector of them (`Lanes`, csrc/cpu/simd.h).
+// Noise v1: the arithmetic that the CPU and CUDA homes compile alike, over one counter (`One`, here) or over
+// a vector of them (`Lanes`, csrc/cpu/simd.h).
 //
 // Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller in float32 operations that round one by one, so the
 // bits are the same everywhere. sr3fast/noise.py is the specification. Compile with -ffp-contract=off and

@@ -7,14 +7,14 @@
 
 #include "../common/ops.h"
 
-#define SR3FAST_EACH_OP(X)                                                                                    \
+#define SR3FAST_EACH_OP(X) \
   X(noise) X(refine) X(solver_step) X(q_sample) X(group_norm_silu) X(group_norm_silu_backward)
 
 namespace sr3fast::cpu {
 
-#define SR3FAST_DECLARE_ISA(isa)                                                                              \
-  namespace isa {                                                                                             \
-  SR3FAST_DECLARE_OPS;                                                                                        \
+#define SR3FAST_DECLARE_ISA(isa) \
+  namespace isa {                \
+  SR3FAST_DECLARE_OPS;           \
   }
 
 #if defined(SR3FAST_X86)
@@ -41,13 +41,16 @@ Table choose() {
 #if defined(SR3FAST_X86)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (name.empty() || name == "avx512")) return {"avx512", SR3FAST_EACH_OP(SR3FAST_ENTRY_avx512)};
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && (name.empty() || name == "avx512"))
+    return {"avx512", SR3FAST_EACH_OP(SR3FAST_ENTRY_avx512)};
   if (has_avx2 && (name.empty() || name == "avx2")) return {"avx2", SR3FAST_EACH_OP(SR3FAST_ENTRY_avx2)};
 #endif
   if (name.empty() || name == "baseline") return {"baseline", SR3FAST_EACH_OP(SR3FAST_ENTRY_baseline)};
-  throw std::runtime_error("SR3FAST_ISA=" + name + " was asked for, but this build or this machine does not have it");
+  throw std::runtime_error("SR3FAST_ISA=" + name +
+                           " was asked for, but this build or this machine does not have it");
 }
 
 const Table& table() {
@@ -73,8 +76,8 @@ void solver_step(Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Sc
   table().solver_step(out, m, into, y, eps_hat, row, seed, step, m1, m2, z, origin, exec);
 }
 
-void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double> gamma, bool gamma_per_sample,
-              Seeds seed, Scalar<int64_t> step, Tensor eps, Origin origin, Exec exec) {
+void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double> gamma,
+              bool gamma_per_sample, Seeds seed, Scalar<int64_t> step, Tensor eps, Origin origin, Exec exec) {
   table().q_sample(out, eps_out, into, y_0, gamma, gamma_per_sample, seed, step, eps, origin, exec);
 }
 
@@ -83,7 +86,8 @@ void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm&
 }
 
 void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbias, float* dshift, Tensor grad,
-                              Tensor grad_s, const float* mean, const float* rstd, const Norm& norm, Exec exec) {
+                              Tensor grad_s, const float* mean, const float* rstd, const Norm& norm,
+                              Exec exec) {
   table().group_norm_silu_backward(dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd, norm, exec);
 }
 

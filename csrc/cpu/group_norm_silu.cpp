@@ -53,7 +53,8 @@ struct Affine {
   float mean, scale, bias;
 };
 
-SR3FAST_INLINE Affine affine(const Norm& norm, int64_t b, int64_t c, int64_t channels, float mean, float rstd) {
+SR3FAST_INLINE Affine affine(const Norm& norm, int64_t b, int64_t c, int64_t channels, float mean,
+                             float rstd) {
   const float shift = norm.shift ? read(norm.shift, b * channels + c) : 0.0f;
   return {mean - shift, rstd * read(norm.weight, c), read(norm.bias, c)};
 }
@@ -92,7 +93,8 @@ SR3FAST_INLINE Moments moments_of(const T* p, int64_t n) {
       const Floats d = load_some(q + i, count - i, mean) - mean;
       squares[0] += d * d;
     }
-    total.merge({static_cast<float>(count), mean, sum((squares[0] + squares[1]) + (squares[2] + squares[3]))});
+    total.merge(
+        {static_cast<float>(count), mean, sum((squares[0] + squares[1]) + (squares[2] + squares[3]))});
   }
   return total;
 }
@@ -111,10 +113,12 @@ SR3FAST_INLINE void normalise_plane(T* out, const T* h, int64_t n, Affine a) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     store(out + i, activate<silu>((load(h + i) - a.mean) * a.scale + a.bias));
-  if (i < n) store_some(out + i, n - i, activate<silu>((load_some(h + i, n - i, 0.0f) - a.mean) * a.scale + a.bias));
+  if (i < n)
+    store_some(out + i, n - i, activate<silu>((load_some(h + i, n - i, 0.0f) - a.mean) * a.scale + a.bias));
 }
 
-// ---------------------------------------------------------------------------------------------- forward, NCHW
+// ---------------------------------------------------------------------------------------------- forward,
+// NCHW
 
 template <bool silu, class T>
 void forward_nchw(T* out, T* s, float* mean, float* rstd, const Norm& norm, Exec exec) {
@@ -130,7 +134,8 @@ void forward_nchw(T* out, T* s, float* mean, float* rstd, const Norm& norm, Exec
         Moments channel;
         if (s) {
           T* sum_plane = s + (b * C + c) * HW;
-          add_plane(sum_plane, plane, static_cast<const T*>(norm.residual.data) + (b * C + c) * HW, shift, HW);
+          add_plane(sum_plane, plane, static_cast<const T*>(norm.residual.data) + (b * C + c) * HW, shift,
+                    HW);
           channel = moments_of(sum_plane, HW);
         } else {
           channel = moments_of(plane, HW);
@@ -149,9 +154,11 @@ void forward_nchw(T* out, T* s, float* mean, float* rstd, const Norm& norm, Exec
   });
 }
 
-// -------------------------------------------------------------------------------------- forward, channels_last
+// -------------------------------------------------------------------------------------- forward,
+// channels_last
 
-// One side of the pair in channels_last: pixels of `channels` channels that are channels first .. of the whole.
+// One side of the pair in channels_last: pixels of `channels` channels that are channels first .. of the
+// whole.
 template <class T>
 struct Side {
   const T* data;
@@ -170,7 +177,8 @@ struct Sides {
 
 // Merges the moments of `pixels` pixels of channels-last data into mean[c], m2[c] that hold `seen` pixels.
 template <class T>
-SR3FAST_INLINE void merge_pixels(const T* p, int64_t channels, int64_t pixels, float* mean, float* m2, int64_t seen) {
+SR3FAST_INLINE void merge_pixels(const T* p, int64_t channels, int64_t pixels, float* mean, float* m2,
+                                 int64_t seen) {
   const float n = static_cast<float>(pixels), total = static_cast<float>(seen + pixels);
   constexpr int kWide = 4;  // vectors of channels side by side: independent sums
   for (int64_t c0 = 0; c0 < channels; c0 += kWide * kLanes) {
@@ -203,14 +211,16 @@ SR3FAST_INLINE void merge_pixels(const T* p, int64_t channels, int64_t pixels, f
       const Floats delta = sums[u] - old;
       store_some(mean + c, channels - c, old + delta * (n / total));
       store_some(m2 + c, channels - c,
-                 load_some(m2 + c, channels - c, 0.0f) + squares[u] + delta * delta * (static_cast<float>(seen) * n / total));
+                 load_some(m2 + c, channels - c, 0.0f) + squares[u] +
+                     delta * delta * (static_cast<float>(seen) * n / total));
     }
   }
 }
 
 template <bool silu, class T>
-SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, int64_t channels, int64_t pixels,
-                                     const float* mean, const float* scale, const float* bias) {
+SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, int64_t channels,
+                                     int64_t pixels, const float* mean, const float* scale,
+                                     const float* bias) {
   int64_t c = 0;
   constexpr int kWide = 4;
   for (; c + kWide * kLanes <= channels; c += kWide * kLanes) {
@@ -223,7 +233,8 @@ SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, i
     for (int64_t i = 0; i < pixels; ++i)
       for (int u = 0; u < kWide; ++u) {
         const Floats v = load(h + i * channels + c + u * kLanes);
-        store(out + i * out_channels + c + u * kLanes, activate<silu>((v - means[u]) * scales[u] + biases[u]));
+        store(out + i * out_channels + c + u * kLanes,
+              activate<silu>((v - means[u]) * scales[u] + biases[u]));
       }
   }
   for (; c < channels; c += kLanes) {
@@ -273,8 +284,8 @@ void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& n
         } else {
           for (int k = 0; k < sides.count; ++k) {
             const Side<T>& side = sides.side[k];
-            merge_pixels(side.data + (b * HW + i) * side.channels, side.channels, pixels, my_mean + side.first,
-                         my_m2 + side.first, i - begin);
+            merge_pixels(side.data + (b * HW + i) * side.channels, side.channels, pixels,
+                         my_mean + side.first, my_m2 + side.first, i - begin);
           }
         }
       }
@@ -320,7 +331,8 @@ void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& n
   });
 }
 
-// ---------------------------------------------------------------------------------------------------- backward
+// ----------------------------------------------------------------------------------------------------
+// backward
 
 // With n = w x_hat + b and g = grad silu'(n), over a group of N elements
 //   dh = (w g - <w g> - x_hat <w g x_hat>) rstd (+ grad_s)
@@ -353,7 +365,8 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
           Floats gs = {}, gxs = {};
           for (int64_t i = block; i < stop; i += kLanes) {
             const Floats x_hat = (load_some(plane + i, stop - i, a.mean) - a.mean) * rstd[bg];
-            const Floats g = slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
+            const Floats g =
+                slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
             gs += g;
             gxs += g * x_hat;
           }
@@ -378,7 +391,8 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
           Floats sums = {};
           for (int64_t i = block; i < stop; i += kLanes) {
             const Floats x_hat = (load_some(plane + i, stop - i, a.mean) - a.mean) * rstd[bg];
-            const Floats g = slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
+            const Floats g =
+                slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
             Floats d = (g * weight - slopes.mean_wg - x_hat * slopes.mean_wgx) * rstd[bg];
             if (grad_s) d += load_some(grad_s + (b * C + c) * HW + i, stop - i, 0.0f);
             store_some(d_plane + i, stop - i, d);
@@ -396,7 +410,8 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
 
 template <bool silu, class T>
 void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dshift, const T* grad,
-                            const T* grad_s, const float* mean, const float* rstd, const Norm& norm, Exec exec) {
+                            const T* grad_s, const float* mean, const float* rstd, const Norm& norm,
+                            Exec exec) {
   const Sides<T> sides(norm);
   const int64_t B = norm.h.size[0], HW = norm.h.size[2] * norm.h.size[3];
   const int64_t C = norm.h.size[1] + (norm.h2 ? norm.h2.size[1] : 0), D = C / norm.groups;
@@ -408,7 +423,8 @@ void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, f
     const int64_t begin = HW * (rank % split) / split, end = HW * (rank % split + 1) / split;
     const Buffer<float> coefficients(6 * C);
     float *means = coefficients.at(0), *rstds = coefficients.at(C), *weights = coefficients.at(2 * C),
-          *biases = coefficients.at(3 * C), *mean_wg = coefficients.at(4 * C), *mean_wgx = coefficients.at(5 * C);
+          *biases = coefficients.at(3 * C), *mean_wg = coefficients.at(4 * C),
+          *mean_wgx = coefficients.at(5 * C);
     const auto theirs = [&](int r) { return partial.at(int64_t{split == 1 ? rank : r} * 3 * C); };
     for (int64_t b = split == 1 ? rank : 0; b < B; b += split == 1 ? team : 1) {
       double* mine = partial.at(int64_t{rank} * 3 * C);
@@ -475,7 +491,8 @@ void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, f
         const int64_t left = side.channels - c, all_c = side.first + c;
         const Floats m = load_some(means + all_c, left, 0.0f), r = load_some(rstds + all_c, left, 0.0f),
                      w = load_some(weights + all_c, left, 0.0f), bias = load_some(biases + all_c, left, 0.0f),
-                     wg = load_some(mean_wg + all_c, left, 0.0f), wgx = load_some(mean_wgx + all_c, left, 0.0f);
+                     wg = load_some(mean_wg + all_c, left, 0.0f),
+                     wgx = load_some(mean_wgx + all_c, left, 0.0f);
         T* d_side = k == 0 ? dh : dh2;
         Floats sums = {};
         for (int64_t p = b * HW + i; p < b * HW + i + pixels; ++p) {
@@ -513,7 +530,8 @@ void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm&
 }
 
 void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbias, float* dshift, Tensor grad,
-                              Tensor grad_s, const float* mean, const float* rstd, const Norm& norm, Exec exec) {
+                              Tensor grad_s, const float* mean, const float* rstd, const Norm& norm,
+                              Exec exec) {
   const int64_t B = grad.size[0], C = grad.size[1];
   const Buffer<float> per_sample(2 * B * C);
   float *dweight_of = per_sample.at(0), *dbias_of = per_sample.at(B * C);

@@ -84,7 +84,8 @@ SR3FAST_INLINE void store_interleaved(float* p, Floats a, Floats b, Floats c, Fl
                 : _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
   };
   // each holds one quad in each of its four 128-bit parts: quads i, i + 4, i + 8, i + 12
-  const __m512 q[4] = {pairs(ab0, cd0, false), pairs(ab0, cd0, true), pairs(ab1, cd1, false), pairs(ab1, cd1, true)};
+  const __m512 q[4] = {pairs(ab0, cd0, false), pairs(ab0, cd0, true), pairs(ab1, cd1, false),
+                       pairs(ab1, cd1, true)};
   const __m512 s0 = _mm512_shuffle_f32x4(q[0], q[1], 0x44), s1 = _mm512_shuffle_f32x4(q[2], q[3], 0x44);
   const __m512 s2 = _mm512_shuffle_f32x4(q[0], q[1], 0xee), s3 = _mm512_shuffle_f32x4(q[2], q[3], 0xee);
   _mm512_storeu_ps(p, _mm512_shuffle_f32x4(s0, s1, 0x88));
@@ -206,9 +207,12 @@ SR3FAST_INLINE Floats sigmoid(Floats x) {
 // A parameter vector element of any dtype.
 SR3FAST_INLINE float read(const Vector& v, int64_t i) {
   switch (v.dtype) {
-    case Dtype::f32: return static_cast<const float*>(v.data)[i];
-    case Dtype::f16: return to_float(static_cast<const f16*>(v.data)[i]);
-    default: return to_float(static_cast<const bf16*>(v.data)[i]);
+    case Dtype::f32:
+      return static_cast<const float*>(v.data)[i];
+    case Dtype::f16:
+      return to_float(static_cast<const f16*>(v.data)[i]);
+    default:
+      return to_float(static_cast<const bf16*>(v.data)[i]);
   }
 }
 
@@ -216,9 +220,15 @@ SR3FAST_INLINE float read(const Vector& v, int64_t i) {
 template <class F>
 SR3FAST_INLINE void with_type(const Tensor& t, F&& f) {
   switch (t.dtype) {
-    case Dtype::f32: f(static_cast<float*>(t.data)); break;
-    case Dtype::f16: f(static_cast<f16*>(t.data)); break;
-    case Dtype::bf16: f(static_cast<bf16*>(t.data)); break;
+    case Dtype::f32:
+      f(static_cast<float*>(t.data));
+      break;
+    case Dtype::f16:
+      f(static_cast<f16*>(t.data));
+      break;
+    case Dtype::bf16:
+      f(static_cast<bf16*>(t.data));
+      break;
   }
 }
 

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kQuad = 4 * kLanes;  // pixels drawn side by side: a counter a lane
 constexpr int kPixels = 256;       // pixels of a tile, NCHW
-constexpr int kChannels = 16;            // channels of a tile, channels_last
-constexpr int kTile = 1024;              // elements of a tile
+constexpr int kChannels = 16;      // channels of a tile, channels_last
+constexpr int kTile = 1024;        // elements of a tile
 static_assert(kPixels <= kTile, "an NCHW tile fits the buffers");
 
 // Place of a tile: sample b, channels c .. c + channels, row h, columns w .. w + pixels.
@@ -60,7 +60,8 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
     parallel_ranges(threads, B * C * H, [&](int64_t begin, int64_t end) {
       int64_t b = begin / H / C, c = begin / H % C, h = begin % H;
       for (int64_t i = begin; i < end; ++i) {
-        for (int64_t w = 0; w < W; w += kPixels) f(Tile{b, c, 1, h, w, W - w < kPixels ? W - w : kPixels}, i * W + w);
+        for (int64_t w = 0; w < W; w += kPixels)
+          f(Tile{b, c, 1, h, w, W - w < kPixels ? W - w : kPixels}, i * W + w);
         if (++h == H) h = 0, ++c;
         if (c == C) c = 0, ++b;
       }
@@ -101,7 +102,8 @@ SR3FAST_INLINE void prefetch(const float* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
 }
 
-// The update of n elements; every element is read before it is written, so out may be y and m may be m1 or m2.
+// The update of n elements; every element is read before it is written, so out may be y and m may be m1 or
+// m2.
 template <class T>
 SR3FAST_INLINE void update_run(const Row& row, int64_t n, const float* y, const T* f, const float* m1,
                                const float* m2, const float* z, float* out, float* m, float* copy) {
@@ -188,7 +190,8 @@ void solver_step(Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Sc
     if (draws) {
       prefetch(y_data + tile_offset, tile.pixels);
       if (eps_hat.dtype == Dtype::f32)
-        prefetch(static_cast<const float*>(eps_hat.data) + eps_hat.offset(tile.b, tile.c, tile.h, tile.w), tile.pixels);
+        prefetch(static_cast<const float*>(eps_hat.data) + eps_hat.offset(tile.b, tile.c, tile.h, tile.w),
+                 tile.pixels);
       if (out_data != y_data) prefetch(out_data + tile_offset, tile.pixels);
       draw_tile(z_buffer, tile, seed.of(tile.b), kRefine, t, origin);
     }
@@ -209,8 +212,8 @@ void refine(Tensor out, Tensor into, Tensor y, Tensor eps_hat, Scalar<double> al
   solver_step(out, Tensor{}, into, y, eps_hat, row, seed, step, Tensor{}, Tensor{}, z, origin, exec);
 }
 
-void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double> gamma, bool gamma_per_sample,
-              Seeds seed, Scalar<int64_t> step, Tensor eps, Origin origin, Exec exec) {
+void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double> gamma,
+              bool gamma_per_sample, Seeds seed, Scalar<int64_t> step, Tensor eps, Origin origin, Exec exec) {
   const auto t = static_cast<uint32_t>(step.read());
   each_tile(y_0, exec.threads, [&](const Tile& tile, int64_t) {
     float z_buffer[kTile], y_buffer[kTile], y_t[kTile];
