@@ -77,6 +77,8 @@ Exec exec(const py::tuple& o) {
   e.threads = static_cast<int>(integer(o.ptr(), 0));
   e.device = static_cast<int>(integer(o.ptr(), 1));
   e.stream = reinterpret_cast<void*>(integer(o.ptr(), 2));
+  e.scratch = reinterpret_cast<void*>(integer(o.ptr(), 3));
+  if (PyTuple_GET_SIZE(o.ptr()) > 3) e.scratch = reinterpret_cast<void*>(integer(o.ptr(), 3));
   return e;
 }
 
@@ -167,6 +169,8 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(cuda_module);
   cuda_module.def("driver_version", &cuda::driver_version);
   cuda_module.def("runtime_version", &cuda::runtime_version);
+  cuda_module.def("scratch_bytes", &cuda::scratch_bytes);
+  cuda_module.def("scratch_bytes", &cuda::scratch_bytes);
   cuda_module.attr("architectures") = SR3FAST_CUDA_ARCHITECTURES;
 #endif
 }

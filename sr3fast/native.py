@@ -36,14 +36,27 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+# threads, device index, stream, scratch memory
+Exec = tuple[int, int, int, int]
+
+
 class Home:
     """One of the two compiled homes: `functions` is _C.cpu or _C.cuda, `exec_on(device)` says where and how to run."""
 
-    def __init__(self, functions: ModuleType, exec_on: Callable[[torch.device], tuple[int, int, int]], about: str):
+    def __init__(self, functions: ModuleType, exec_on: Callable[[torch.device], Exec], about: str):
         self._f, self._exec, self._about = functions, exec_on, about
 
     def description(self) -> str:
         return self._about
+
+    def _norm_exec(self, h: Tensor, channels: int) -> tuple[Exec, Tensor | None]:
+        """Where to run, and the scratch memory a norm works in, to be held until it was launched."""
+        threads, index, stream, _ = self._exec(h.device)
+        if h.device.type == "cpu":
+            return (threads, index, stream, 0), None
+        size = self._f.scratch_bytes(h.shape[0], channels, *h.shape[2:])
+        scratch = torch.empty(size, dtype=torch.uint8, device=h.device)
+        return (threads, index, stream, scratch.data_ptr()), scratch
 
     def noise(self, outs, seed, step, domain, origin):
         (out,) = outs
@@ -78,20 +91,30 @@ class Home:
         out, s, mean, rstd = outs
         self._norm(out, s, mean, rstd, h, None, residual, weight, bias, groups, eps, shift, silu)
 
+    def _norm_exec(self, h: Tensor, channels: int) -> tuple[tuple[int, ...], Tensor | None]:
+        """Where and how to run a norm; on a GPU with memory to work in, which must live until the launch."""
+        bytes_of = getattr(self._f, "scratch_bytes", None)
+        if bytes_of is None:
+            return self._exec(h.device), None
+        scratch = torch.empty(bytes_of(h.shape[0], channels, *h.shape[2:]), dtype=torch.uint8, device=h.device)
+        return (*self._exec(h.device), scratch.data_ptr()), scratch
+
     def _norm(self, out, s, mean, rstd, h, h2, residual, weight, bias, groups, eps, shift, silu):
+        on, _scratch = self._norm_exec(h, out.shape[1])
         self._f.group_norm_silu(
             *(_image(out), _image(s), _address(mean), _address(rstd), _image(h), _image(h2), _image(residual)),
-            *(_vector(weight), _vector(bias), _vector(shift), groups, eps, silu, self._exec(h.device)),
+            *(_vector(weight), _vector(bias), _vector(shift), groups, eps, silu, on),
         )
 
     def group_norm_silu_backward(
         self, outs, grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s
     ):
         dh, dh2, dweight, dbias, dshift = outs
+        on, _scratch = self._norm_exec(h, grad.shape[1])
         self._f.group_norm_silu_backward(
             *(_image(dh), _image(dh2), _address(dweight), _address(dbias), _address(dshift), _image(grad)),
             *(_image(grad_s), _address(mean), _address(rstd), _image(h), _image(h2), _vector(weight)),
-            *(_vector(bias), _vector(shift), groups, silu, self._exec(h.device)),
+            *(_vector(bias), _vector(shift), groups, silu, on),
         )
 
 
@@ -108,7 +131,7 @@ def _module() -> ModuleType:
 def cpp() -> Home:
     """The C++ home, for CPU tensors. ImportError says why it is not there."""
     functions = _module().cpu
-    return Home(functions, lambda device: (torch.get_num_threads(), 0, 0), f"{functions.isa()}, OpenMP")
+    return Home(functions, lambda device: (torch.get_num_threads(), 0, 0, 0), f"{functions.isa()}, OpenMP")
 
 
 def cuda() -> Home:
@@ -125,8 +148,8 @@ def cuda() -> Home:
     if capability < (8, 0):
         raise ImportError(f"the CUDA kernels need compute capability 8.0: this device has {capability}")
 
-    def exec_on(device: torch.device) -> tuple[int, int, int]:
+    def exec_on(device: torch.device) -> Exec:
         index = torch.cuda.current_device() if device.index is None else device.index
-        return 0, index, torch.cuda.current_stream(device).cuda_stream
+        return 0, index, torch.cuda.current_stream(device).cuda_stream, 0
 
     return Home(functions, exec_on, f"runtime {runtime}, driver {driver}, sm {functions.architectures}")
