@@ -11,6 +11,7 @@ for all of them (`ops.solver_step`); what differs is the row. Computed in float6
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -370,6 +371,13 @@ def rows(
         gamma = _named_grid(schedule, grid, N)
     else:
         gamma = _explicit_grid(grid, steps)
+        low, high = schedule.gamma[-1].item(), schedule.gamma[1].item()
+        if gamma[0] < low * (1 - 1e-4) or 1 - gamma[-1] < (1 - high) * 0.9:
+            warnings.warn(
+                f"the grid's gammas, {gamma[0].item():.3g} to 1 - {1 - gamma[-1].item():.3g}, go beyond the"
+                f" trained ones, {low:.3g} to 1 - {1 - high:.3g}",
+                stacklevel=2,
+            )
     t = schedule.t_at(gamma).round().long().clamp(1, schedule.T)
     if integer:
         t = _distinct(schedule.t_at(gamma), schedule.T)

@@ -1,6 +1,7 @@
 """The tables, against each solver's formula stated on its own, closed forms, and diffusers' schedulers."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -517,6 +518,15 @@ def test_grids_stay_in_the_trained_range():
     for grid in GRIDS:  # gamma_1 = 1 - 1e-4 comes before lambda = -ln 0.005
         gamma = rows(DDPM, steps=300, grid=grid).gamma
         assert gamma[0] == DDPM.gamma[-1] and gamma[-1] <= DDPM.gamma[1]
+
+
+@pytest.mark.parametrize("grid", [[1e-6, 0.5], [0.5, 1 - 1e-9]])
+def test_levels_beyond_the_trained_ones_are_warned_about(grid):
+    with pytest.warns(UserWarning, match="go beyond the trained ones, 4.39e-05 to 1 - 1e-06"):
+        assert torch.allclose(rows(SR3, grid=grid).gamma, torch.tensor(grid, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows(SR3, grid=SR3.gamma[[2000, 700, 1]].float())  # rounding is not beyond
 
 
 def test_whole_t_where_the_network_needs_it():
