@@ -1,5 +1,5 @@
-"""Train photo-x4, the weights that ship in sr3fast, from sample photographs inside scikit-image, scikit-learn and
-matplotlib.
+"""Train photo-x4, the weights that ship in sr3fast, from sample photographs inside scikit-image,
+scikit-learn and matplotlib.
 
     pip install 'sr3fast[photos,train]' matplotlib
     python examples/train_photo_x4.py --out runs/photo-x4
@@ -23,7 +23,7 @@ from sr3fast.training import TrainConfig, train
 HELD_OUT = ("astronaut", "chelsea", "coffee")
 TILE = 256
 
-# (package, file, sides as shares of the original's): a picture made smaller is sharper at the scale of a pixel
+# (package, file, sides as shares of the original's): made smaller, a picture is sharper at a pixel's scale
 PHOTOGRAPHS = (
     ("sklearn", "datasets/images/china.jpg", (1, 0.75, 0.5)),
     ("sklearn", "datasets/images/flower.jpg", (1, 0.75, 0.5)),
@@ -47,7 +47,9 @@ GRAYS = (
 
 
 def prepare(folder: Path, seed: int = 0) -> None:
-    """Write the training pictures: rescaled, the colours of some exchanged, grays coloured, in tiles of equal weight."""
+    """Write the training pictures: rescaled, the colours of some exchanged, grays coloured, in tiles of
+    equal weight.
+    """
     rng = np.random.default_rng(seed)
     for package, name, shares in PHOTOGRAPHS + GRAYS:
         assert not any(held in name for held in HELD_OUT)
@@ -81,7 +83,9 @@ def coloured(gray: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def tiles(picture: Image.Image, stem: Path) -> None:
-    """Cut into parts of about TILE pixels a side, so that a large picture is seen as often as it has content."""
+    """Cut into parts of about TILE pixels a side, so that a large picture is seen as often as it has
+    content.
+    """
     width, height = picture.size
     columns, rows = max(1, round(width / TILE)), max(1, round(height / TILE))
     for row in range(rows):
@@ -92,7 +96,9 @@ def tiles(picture: Image.Image, stem: Path) -> None:
 
 
 def configuration(out: Path, pictures: Path, **changes: object) -> TrainConfig:
-    """5.8 M parameters, y_0 = clip(3 (image - x), 1.5), and a schedule that ends where such a residual is drowned."""
+    """5.8 M parameters, y_0 = clip(3 (image - x), 1.5), and a schedule that ends where such a residual is
+    drowned.
+    """
     settings: dict[str, object] = dict(
         channels=32,
         multipliers=(1, 2, 4, 4),

@@ -1,8 +1,9 @@
 """Training data: crops of target pictures and their sources x, in an order that depends on the seed alone.
 
-`open_items` understands a folder of pictures, a folder of pairs, .npy arrays, and the folders and LMDB of Janspiry's
-SR3 code; `Pictures` cuts crops from them; `Order` says which crop comes when. Nothing here keeps a state: the crop at
-position p of the stream is known from (seed, p), so that a resumed run goes on where it stopped.
+`open_items` understands a folder of pictures, a folder of pairs, .npy arrays, and the folders and LMDB of
+Janspiry's SR3 code; `Pictures` cuts crops from them; `Order` says which crop comes when. Nothing here keeps
+a state: the crop at position p of the stream is known from (seed, p), so that a resumed run goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ Read = Callable[[], np.ndarray]  # -> [C, H, W], uint8, uint16 or float32 in [-1
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on. The message is one line, names the file or folder, and states the rule."""
+    """Data that cannot be trained on. The message is one line, names the file or folder, and states the
+    rule.
+    """
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: its target, and its source where the data brings one (else the source is made from the target)."""
+    """One picture: its target, and its source where the data brings one (else the source is made from the
+    target).
+    """
 
     name: str
     size: Size
@@ -146,7 +151,8 @@ def _pair_items(targets: Path, sources: Path, scale: float) -> list[Item]:
     if alone:
         folder, other = (targets, sources) if alone[0] in names[0] else (sources, targets)
         raise DataError(
-            f"every picture needs a partner: {alone[0]} is in {folder}, not in {other} ({len(alone)} such names)"
+            f"every picture needs a partner: {alone[0]} is in {folder}, not in {other} "
+            f"({len(alone)} such names)"
         )
     items = []
     for name, file in names[0].items():
@@ -215,9 +221,9 @@ def _record(path: Path, key: str) -> np.ndarray:
 class Pictures(Dataset):
     """Crops by key (epoch, index): tensors (x, image), each float32 [C, crop, crop] in [-1, 1].
 
-    x is what the network will see: Pillow's bicubic down by `scale` in 8 bits (float for 16-bit and float pictures) and
-    up again, cut from the whole picture's, so that a crop has no borders of its own. The crop's place and flip are
-    noise v1's domain 4 at (seed * 2^32 + index, epoch).
+    x is what the network will see: Pillow's bicubic down by `scale` in 8 bits (float for 16-bit and float
+    pictures) and up again, cut from the whole picture's, so that a crop has no borders of its own. The
+    crop's place and flip are noise v1's domain 4 at (seed * 2^32 + index, epoch).
 
     items     from `open_items`
     crop      side of a crop in pixels
@@ -226,8 +232,8 @@ class Pictures(Dataset):
     augment   "none", "flip" (left and right) or "dihedral" (the square's 8 symmetries)
     memory    bytes of decoded pictures that are kept
 
-    Raises DataError where a picture is smaller than the crop, or none is left. A file that turns out to be broken is
-    named in a warning, and the next one stands in for it.
+    Raises DataError where a picture is smaller than the crop, or none is left. A file that turns out to be
+    broken is named in a warning, and the next one stands in for it.
     """
 
     def __init__(
@@ -250,7 +256,7 @@ class Pictures(Dataset):
         for item in items:
             if min(_whole(item.size, scale)) < crop:
                 raise DataError(
-                    f"{item.name}: a picture must hold a crop of {crop} pixels whose sides are whole at 1/{scale:g}: "
+                    f"{item.name}: a picture must hold a crop of {crop} pixels, whole at 1/{scale:g}: "
                     f"got {item.size[0]} x {item.size[1]} (take a smaller crop, or leave the picture out)"
                 )
         self.items, self.crop, self.scale, self.channels = items, crop, scale, channels
@@ -303,7 +309,9 @@ class Pictures(Dataset):
         return tensor(source), tensor(x), tensor(cut(target, window))
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The values of a picture and of its own source, if it has one: kept, least recently used out first."""
+        """The values of a picture and of its own source, if it has one: kept, least recently used out
+        first.
+        """
         for _ in range(len(self.items)):
             if index in self._kept:
                 self._kept.move_to_end(index)
@@ -359,7 +367,9 @@ def shrink(target: np.ndarray, scale: float, size: Size) -> np.ndarray:
 def conditioned(
     target: np.ndarray, source: np.ndarray | None, scale: float, window: tuple[int, int, int, int]
 ) -> np.ndarray:
-    """x in a window (top, left, bottom, right) of the target: equal to the window of the whole picture's x."""
+    """x in a window (top, left, bottom, right) of the target: equal to the window of the whole picture's
+    x.
+    """
     if source is not None and source.shape == target.shape:
         return cut(source, window)
     top, left, bottom, right = window
@@ -377,9 +387,11 @@ def conditioned(
 
 
 def bicubic(values: np.ndarray, size: Size, box: tuple[float, float, float, float]) -> np.ndarray:
-    """Pillow's BICUBIC of the box (top, left, bottom, right) of [C, H, W] to (height, width), channel by channel.
+    """Pillow's BICUBIC of the box (top, left, bottom, right) of [C, H, W] to (height, width), channel by
+    channel.
 
-    uint8 stays uint8, as Pillow rounds it; other dtypes are resized in float32 (its mode F) and keep their range.
+    uint8 stays uint8, as Pillow rounds it; other dtypes are resized in float32 (its mode F) and keep their
+    range.
     """
     top, left, bottom, right = box
     # Pillow converts the whole picture: give it the part that the filter can reach
@@ -415,7 +427,9 @@ def tensor(values: np.ndarray) -> Tensor:
 
 
 def symmetric(values: Tensor, symmetry: int) -> Tensor:
-    """One of the square's symmetries: bit 0 turns left and right, bit 1 top and bottom, bit 2 rows and columns."""
+    """One of the square's symmetries: bit 0 turns left and right, bit 1 top and bottom, bit 2 rows and
+    columns.
+    """
     flips = [dim for bit, dim in ((1, -1), (2, -2)) if symmetry & bit]
     values = values.flip(flips) if flips else values
     return values.transpose(-1, -2).contiguous() if symmetry & 4 else values
@@ -425,10 +439,12 @@ def symmetric(values: Tensor, symmetry: int) -> Tensor:
 
 
 class Order(Sampler[tuple[int, int]]):
-    """Keys (epoch, index) of an endless stream: each epoch a permutation of the pictures that (seed, epoch) gives.
+    """Keys (epoch, index) of an endless stream: each epoch a permutation of the pictures that (seed, epoch)
+    gives.
 
-    Iteration i takes the positions [i G, (i + 1) G) of the stream, G = world * batch; of them rank r takes those from
-    r * batch on, so that any number of ranks sees the same global batches. `start` is the iteration to begin with.
+    Iteration i takes the positions [i G, (i + 1) G) of the stream, G = world * batch; of them rank r takes
+    those from r * batch on, so that any number of ranks sees the same global batches. `start` is the
+    iteration to begin with.
     """
 
     def __init__(

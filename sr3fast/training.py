@@ -1,8 +1,8 @@
 """Training SR3: Algorithm 1 of Saharia et al. 2021 (arXiv:2104.07636) on the fused ops.
 
-`denoising_loss` is the algorithm, `Trainer.step` one iteration of it, `train` the loop around it. A run is known from
-its configuration: data, noise, t and gamma are functions of (seed, iteration, place in the global batch), so any number
-of ranks sees the same batches and a resumed run goes on bit for bit.
+`denoising_loss` is the algorithm, `Trainer.step` one iteration of it, `train` the loop around it. A run is
+known from its configuration: data, noise, t and gamma are functions of (seed, iteration, place in the global
+batch), so any number of ranks sees the same batches and a resumed run goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .weights import Model, Target, save
 CHECKPOINT, EXPORT, LOG, SHEET = "checkpoint.pt", "model", "log.jsonl", "contact_sheet.png"
 
 # what may differ between a run and its resumption
-FREE = frozenset(
-    "data out resume iterations save_every log_every device workers compile capture tensorboard threads "
-    "validation validate_every validation_steps cooldown".split()
-)
+FREE = {"data", "out", "resume", "iterations", "cooldown", "save_every", "log_every", "device", "workers"}
+FREE |= {"threads", "compile", "capture", "tensorboard", "validation", "validate_every", "validation_steps"}
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on. The message says where it stopped, what to try, and which checkpoint is left."""
+    """A run that cannot go on. The message says where it stopped, what to try, and which checkpoint is
+    left.
+    """
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,13 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {choices}: got {getattr(self, name)!r}")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"accumulate must divide the batch: got batch_size={self.batch_size}, accumulate={self.accumulate}"
+                f"accumulate must divide the batch: got batch_size={self.batch_size}, "
+                f"accumulate={self.accumulate}"
             )
         if self.crop % 2 ** (len(self.multipliers) - 1):
             raise ValueError(
-                f"the crop must be a multiple of 2^(levels - 1) = {2 ** (len(self.multipliers) - 1)}: got {self.crop}"
+                f"the crop must be a multiple of 2^(levels - 1) = {2 ** (len(self.multipliers) - 1)}: "
+                f"got {self.crop}"
             )
         if not self.lr > 0 or not 0 <= self.ema < 1:
             raise ValueError(f"lr must be above 0 and ema in [0, 1): got lr={self.lr}, ema={self.ema}")
@@ -153,10 +155,11 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 def p_gamma(
     schedule: Schedule, seeds: Tensor, iteration: int, *, form: str = "gamma", t_seed: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """gamma ~ p(gamma): t uniform in 1..T, then gamma uniform in (gamma_t, gamma_{t-1}); arXiv:2104.07636, section 2.4.
+    """gamma ~ p(gamma): t uniform in 1..T, then gamma uniform in (gamma_t, gamma_{t-1}); arXiv:2104.07636,
+    section 2.4.
 
-    form "sqrt_gamma" draws sqrt(gamma) uniformly in its interval, as Janspiry's code does. seeds: int64 [B]; t_seed: the
-    seed whose t all samples share. Returns gamma, float64 [B], and t, int64 [B], on the CPU.
+    form "sqrt_gamma" draws sqrt(gamma) uniformly in its interval, as Janspiry's code does. seeds: int64 [B];
+    t_seed: the seed whose t all samples share. Returns gamma, float64 [B], and t, int64 [B], on the CPU.
     """
     u, v = noise.uniforms(seeds, noise.LEVEL, iteration)
     if t_seed is not None:
@@ -201,8 +204,8 @@ class Ranks:
 class Trainer:
     """Network, optimizer, EMA and the place in the data of one run, on one rank.
 
-    config: the run; start: weights to begin with (their network, schedule, target and level are then the run's);
-    moments: Adam's state by parameter name, {"step", "exp_avg", "exp_avg_sq"}.
+    config: the run; start: weights to begin with (their network, schedule, target and level are then the
+    run's); moments: Adam's state by parameter name, {"step", "exp_avg", "exp_avg_sq"}.
     """
 
     def __init__(
@@ -220,7 +223,7 @@ class Trainer:
         self.unet = start.unet.to(self.device, torch.float32).train()
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = copy.deepcopy(self.unet).requires_grad_(False).eval()
-        self.parameters = list(self.unet.parameters())
+        self.parameters: list[Tensor] = list(self.unet.parameters())
         self.optimizer = OPTIMIZERS[config.optimizer](
             self.parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -243,7 +246,9 @@ class Trainer:
             self.loss = Captured(self._loss, self.parameters)
 
     def step(self, micro_batches: Iterator[Any]) -> float:
-        """One iteration: loss and gradient over the micro-batches, optimizer, EMA. Returns the loss of all ranks."""
+        """One iteration: loss and gradient over the micro-batches, optimizer, EMA. Returns the loss of all
+        ranks.
+        """
         config, accumulate = self.config, self.config.accumulate
         size = config.batch_size // accumulate
         for group in self.optimizer.param_groups:
@@ -259,8 +264,8 @@ class Trainer:
             total /= self.ranks.world
         if not math.isfinite(loss := total.item()):
             raise TrainingError(
-                f"the loss is {loss} at iteration {self.iteration}: try a smaller lr (now {config.lr:g}), a longer "
-                f"warmup, or --no-bf16; the checkpoint of an earlier iteration is untouched, --resume goes on from it"
+                f"the loss is {loss} at iteration {self.iteration}: try a smaller lr (now {config.lr:g}), "
+                "a longer warmup, or --no-bf16; the last checkpoint is untouched, --resume goes on from it"
             )
         if config.max_norm:
             nn.utils.clip_grad_norm_(self.parameters, config.max_norm, foreach=True)
@@ -271,7 +276,9 @@ class Trainer:
         return loss
 
     def _inputs(self, x: Tensor, picture: Tensor, first: int) -> tuple[Tensor, ...]:
-        """What `denoising_loss` needs of a micro-batch whose first sample has this place in the global batch."""
+        """What `denoising_loss` needs of a micro-batch whose first sample has this place in the global
+        batch.
+        """
         config = self.config
 
         def to(t: Tensor) -> Tensor:
@@ -337,7 +344,9 @@ class Trainer:
     # Checkpoints
 
     def save(self) -> None:
-        """Write out/checkpoint.pt and, of the averaged weights, out/model: each is whole or as it was before."""
+        """Write out/checkpoint.pt and, of the averaged weights, out/model: each is whole or as it was
+        before.
+        """
         rng = [torch.get_rng_state()]
         if self.device.type == "cuda":
             rng.append(torch.cuda.get_rng_state(self.device))
@@ -363,7 +372,7 @@ class Trainer:
             self.export(path.parent / EXPORT)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise TrainingError(
-                f"could not save at iteration {self.iteration} ({error}): free some disk and go on with --resume; "
+                f"could not save at iteration {self.iteration} ({error}): free some disk, then --resume; "
                 f"the last good checkpoint is {path if path.exists() else 'none yet'}"
             ) from error
 
@@ -407,7 +416,7 @@ class Trainer:
 class Captured:
     """Forward and backward as one CUDA graph, recorded at the first call and replayed with new inputs."""
 
-    def __init__(self, loss: Callable[..., Tensor], parameters: list[nn.Parameter]) -> None:
+    def __init__(self, loss: Callable[..., Tensor], parameters: list[Tensor]) -> None:
         self.loss, self.parameters = loss, parameters
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -456,7 +465,9 @@ def fresh(config: TrainConfig) -> Model:
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """lr times a linear rise over the first `warmup` iterations and a linear fall over the last `cooldown`."""
+    """lr times a linear rise over the first `warmup` iterations and a linear fall over the last
+    `cooldown`.
+    """
     rise = min(1.0, (iteration + 1) / max(1, config.warmup))
     fall = min(1.0, (config.iterations - iteration) / config.cooldown) if config.cooldown else 1.0
     return config.lr * rise * fall
@@ -470,13 +481,14 @@ def train(
 ) -> Model:
     """Train as `config` says, on every rank that torchrun started; returns the averaged model.
 
-    start, moments: weights and Adam's state to begin with (see Trainer), from `weights.load` or `compat.janspiry`.
+    start, moments: weights and Adam's state to begin with (see Trainer), from `weights.load` or
+    `compat.janspiry`.
 
     Raises:
         DataError: data that cannot be trained on, before anything is built.
         ValueError: a configuration that cannot be, or a checkpoint of another one.
-        FileExistsError, FileNotFoundError: `out` holds a run and resume is off; resume is on and it holds none.
-        TrainingError: the loss is not finite, a checkpoint cannot be written, a rank died.
+        FileExistsError, FileNotFoundError: `out` holds a run and resume is off; resume is on and it holds
+        none. TrainingError: the loss is not finite, a checkpoint cannot be written, a rank died.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -495,8 +507,8 @@ def train(
         except RuntimeError as error:
             if trainer.ranks.world > 1 and not isinstance(error, TrainingError) and _is_lost_rank(error):
                 raise TrainingError(
-                    f"a rank died or lost its connection at iteration {trainer.iteration} ({error}): start all ranks "
-                    "again with --resume, they go on from the last checkpoint"
+                    f"a rank died or lost its connection at iteration {trainer.iteration} ({error}): "
+                    "start all ranks again with --resume, they go on from the last checkpoint"
                 ) from error
             raise
         return trainer.averaged_model()
@@ -563,8 +575,8 @@ def validate(
     scores, rows = [], []
     multiple = model.unet.multiple
     for index in range(min(count, len(pictures))):
-        source, x, truth = pictures.whole(index)
-        side = int(math.lcm(multiple, round(pictures.scale)))
+        _, x, truth = pictures.whole(index)
+        side = math.lcm(multiple, round(pictures.scale))
         height, width = (min(n, max(side, 128)) // side * side for n in truth.shape[-2:])
         x, truth = x[:, :height, :width], truth[:, :height, :width]
         y = sampler(x[None].to(device), seed=index)
@@ -581,7 +593,9 @@ def validate(
 
 
 def contact_sheet(rows: list, path: Path) -> None:
-    """A PNG of the rows (x, ours, truth), one under the other; nothing where a picture has neither 1 nor 3 channels."""
+    """A PNG of the rows (x, ours, truth), one under the other; nothing where a picture has neither 1 nor 3
+    channels.
+    """
     if rows[0][0].shape[0] not in (1, 3):
         return
     width = max(x.shape[-1] for x, _, _ in rows)
@@ -608,14 +622,15 @@ def variational_bound(
     """The variational bound on -log2 p(y_0 given x), in bits per dimension, averaged over the batch.
 
         L_T     = KL(q(y_T given y_0), N(0, I))
-        L_{t-1} = KL(q(y_{t-1} given y_0, y_t), p_theta(y_{t-1} given y_t, x)), t = T..2, p_theta's variance 1 - alpha_t
-        L_0     = -log of N(mean_theta(y_1), 1 - alpha_1) over y_0's bin, of 256 on [-1, 1], the outer ones open
+        L_{t-1} = KL(q(y_{t-1} given y_0, y_t), p_theta(y_{t-1} given y_t, x)), t = T..2, p_theta's variance
+        1 - alpha_t L_0     = -log of N(mean_theta(y_1), 1 - alpha_1) over y_0's bin, of 256 on [-1, 1], the
+        outer ones open
 
-    One draw of y_t a step. y_0: [B, C, H, W] on the 256 levels (L_0 is only then a probability). steps: the t to
-    evaluate, by default all; t = 1 is always among them, and the others are scaled to stand for 2..T.
+    One draw of y_t a step. y_0: [B, C, H, W] on the 256 levels (L_0 is only then a probability). steps: the
+    t to evaluate, by default all; t = 1 is always among them, and the others are scaled to stand for 2..T.
 
-    Returns {"bits", "prior", "decoder": floats, "kl": {t: float}}, all in bits per dimension. Source: DDPM (Ho et al.
-    2020), sections 2 and 3.3, with SR3's conditioning.
+    Returns {"bits", "prior", "decoder": floats, "kl": {t: float}}, all in bits per dimension. Source: DDPM
+    (Ho et al. 2020), sections 2 and 3.3, with SR3's conditioning.
     """
     chosen = sorted(set(range(2, schedule.T + 1) if steps is None else steps) - {1})
     if chosen and not 2 <= chosen[0] <= chosen[-1] <= schedule.T:
@@ -656,7 +671,9 @@ def variational_bound(
 
 
 def log_bin(y: Tensor, mean: Tensor, std: float) -> Tensor:
-    """ln of the probability that N(mean, std^2) gives to y's bin [y - 1/255, y + 1/255]; -1's and 1's bins are open."""
+    """ln of the probability that N(mean, std^2) gives to y's bin [y - 1/255, y + 1/255]; -1's and 1's bins
+    are open.
+    """
     upper = torch.where(y > 1 - 1 / 255, math.inf, (y + 1 / 255 - mean) / std)
     lower = torch.where(y < -1 + 1 / 255, -math.inf, (y - 1 / 255 - mean) / std)
     # in the left tail, where differences of the distribution function keep their digits
