@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pixels import cast, dense, inside, launch, locate, place, seeds, step32
+from .pixels import dense, launch, locate, place, seeds, step32, store
 
 _HALF_PI_2_30 = tl.constexpr(1.5707963267948966 / 2**30)
 
@@ -134,10 +134,8 @@ def noise_kernel(
     b, c, r, h, w4 = locate(blocks, height, quads, C, K, BLOCK)
     seed = seed_of(b, seed_ptr, seed_low, seed_high, PER_SAMPLE)
     z = normals(seed, DOMAIN, step_of(step_ptr, step), c, h, w4, h0, w4_0, K)
-    for k in tl.static_range(K):
-        offsets = dense(b, c, r, h, w4, height, width, cut, k, C, K, PLANAR, ALIGNED, BLOCK)
-        mask = inside(r, w4, height, width, quads, cut, k, K, ALIGNED)
-        tl.store(out_ptr + offsets, cast(z[k], out_ptr.dtype.element_ty), mask=mask)
+    offsets, masks = dense(b, c, r, h, w4, cut, height, width, quads, C, K, PLANAR, ALIGNED)
+    store(out_ptr, z, offsets, masks, K)
 
 
 def noise(outs: tuple[Tensor], seed: Tensor, step: Tensor, domain: int, origin: tuple[int, int]) -> None:

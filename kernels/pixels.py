@@ -120,7 +120,7 @@ def locate(blocks, height, quads, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def tile(k: tl.constexpr, K: tl.constexpr):
-    """Pixel and channel of tile k's four elements within the quad, [1, 4]."""
+    """Pixel and channel of tile k's four elements within the lane, [1, 4]."""
     j = tl.arange(0, 4)[None, :]
     if K == 1:
         return j, j * 0
@@ -131,56 +131,77 @@ def tile(k: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def inside(r, w4, height, width, quads, cut, k: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr):
-    """Which of a tile's elements exist, [BLOCK, 4]."""
-    mask = (r < height * quads)[:, None] & (tl.arange(0, 4)[None, :] >= 0)
-    if not ALIGNED:
-        pixel, _ = tile(k, K)
-        w = 4 * w4[:, None] + pixel - cut
-        mask = mask & (w >= 0) & (w < width)
-    return mask
-
-
-@triton.jit
 def dense(
-    b, c, r, h, w4, height, width, cut,
-    k: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PLANAR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    b, c, r, h, w4, cut, height, width, quads,
+    C: tl.constexpr, K: tl.constexpr, PLANAR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of a tile in a dense tensor, [BLOCK, 4]; aligned ones show the compiler that they are four in a row."""
+    """Offsets of the lanes' tiles in a dense tensor, and which elements exist: K tiles [BLOCK, 4] of each."""
     j = tl.arange(0, 4)[None, :]
-    pixel, channel = tile(k, K)
-    if PLANAR:
-        start = (b.to(tl.int64) * C + c) * height * width
-        pitch: tl.constexpr = 1
-    else:
-        start = b.to(tl.int64) * height * width * C + c
-        pitch: tl.constexpr = C
-    if ALIGNED:
-        quad = r.to(tl.int64)[:, None] * (4 * pitch)
-        if PLANAR:
-            return (b.to(tl.int64) * C + c) * height * (width // 4) * 4 + quad + j
-        elif K == C:
-            return b.to(tl.int64) * height * (width // 4) * (4 * C) + quad + (4 * k + j)
-        elif K == 4:
-            return b.to(tl.int64) * height * (width // 4) * (4 * C) + c + quad + (k * C + j)
+    b = b.to(tl.int64)
+    PITCH: tl.constexpr = 1 if PLANAR else C
+    exists = (r < height * quads)[:, None] & (j >= 0)
+    offsets, masks = (), ()
+    for k in tl.static_range(K):
+        pixel, channel = tile(k, K)
+        if ALIGNED:
+            # in multiples of four, so that the compiler sees 16-byte accesses
+            area = height * quads * 4
+            start = (b * C + c) * area if PLANAR else b * area * C + c
+            lane = r.to(tl.int64)[:, None] * (4 * PITCH)
+            if K == 1:
+                offset = start + lane + j * PITCH
+            elif K == C:
+                offset = start + lane + (4 * k + j)
+            else:
+                offset = start + lane + (k * C + j)
+            mask = exists
         else:
-            return start + quad + j * C
-    else:
-        w = 4 * w4[:, None] + pixel - cut
-        return start + (h.to(tl.int64)[:, None] * width + w) * pitch + channel
+            w = 4 * w4[:, None] + pixel - cut
+            row = h.to(tl.int64)[:, None] * width + w
+            start = (b * C + c) * height * width if PLANAR else b * height * width * C + c
+            offset = start + row * PITCH + channel
+            mask = exists & (w >= 0) & (w < width)
+        offsets = offsets + (offset,)
+        masks = masks + (mask,)
+    return offsets, masks
 
 
 @triton.jit
-def strided(b, c, h, w4, cut, s0, s1, s2, s3, k: tl.constexpr, K: tl.constexpr):
-    """Offsets of a tile in a tensor of any strides, [BLOCK, 4]."""
-    pixel, channel = tile(k, K)
-    w = 4 * w4[:, None] + pixel - cut
-    return (
-        b.to(tl.int64) * s0
-        + (c + channel).to(tl.int64) * s1
-        + h.to(tl.int64)[:, None] * s2
-        + w.to(tl.int64) * s3
-    )
+def strided(b, c, h, w4, cut, s0, s1, s2, s3, K: tl.constexpr):
+    """Offsets of the lanes' tiles in a tensor of any strides."""
+    offsets = ()
+    for k in tl.static_range(K):
+        pixel, channel = tile(k, K)
+        w = (4 * w4[:, None] + pixel - cut).to(tl.int64)
+        corner = b.to(tl.int64) * s0 + (c + channel).to(tl.int64) * s1 + h.to(tl.int64)[:, None] * s2
+        offsets = offsets + (corner + w * s3,)
+    return offsets
+
+
+@triton.jit
+def load(ptr, offsets, masks, K: tl.constexpr):
+    """The lanes' K tiles, in the tensor's dtype."""
+    tiles = ()
+    for k in tl.static_range(K):
+        tiles = tiles + (tl.load(ptr + offsets[k], mask=masks[k], other=0.0),)
+    return tiles
+
+
+@triton.jit
+def load_if(coefficient, ptr, offsets, masks, K: tl.constexpr):
+    """The lanes' K tiles; nothing is read where their coefficient is 0."""
+    wanted = tl.full([1, 1], coefficient, tl.float32) != 0.0  # the interpreter cannot splat a comparison
+    tiles = ()
+    for k in tl.static_range(K):
+        tiles = tiles + (tl.load(ptr + offsets[k], mask=masks[k] & wanted, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store(ptr, tiles, offsets, masks, K: tl.constexpr):
+    """The lanes' K tiles, rounded to the tensor's dtype."""
+    for k in tl.static_range(K):
+        tl.store(ptr + offsets[k], cast(tiles[k], ptr.dtype.element_ty), mask=masks[k])
 
 
 @triton.jit
