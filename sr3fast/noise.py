@@ -28,6 +28,8 @@ _HALF_PI_2_30 = 1.5707963267948966 * 2.0**-30  # PyTorch rounds it to float32 wh
 
 def signed64(value: int) -> int:
     """The int64 that holds the 64 bits of `value` mod 2^64."""
+    if -(1 << 63) <= value <= (1 << 63) - 1:  # torch.compile's symbolic ints know no wider mask
+        return value
     value &= 0xFFFFFFFFFFFFFFFF
     return value - (1 << 64) if value >= 1 << 63 else value
 

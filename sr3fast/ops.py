@@ -44,7 +44,7 @@ def noise(
         torch.stack([torch.randn(shape[1:], generator=generator_of(seed_i)) for seed_i in seeds])
 
     Args:
-        shape: [B, C, H, W], C < 65536.
+        shape: [B, C, H, W], C <= 65536.
         domain: 0 y_T, 1 refinement, 2 training eps, 3 training t and gamma, 4 augmentation.
         step: 0 .. 2^32 - 1.
         dtype: float32, float16 or bfloat16; drawn in float32, then rounded.
@@ -161,12 +161,15 @@ def solver_step(
     if not isinstance(row, Tensor):
         if len(row) != 9:
             raise ValueError(f"a row is (recip, ratio, clip, A, B, C0, C1, C2, S), nine numbers: got {len(row)}")
-        for name, coefficient, m in (("C1", row[6], m1), ("C2", row[7], m2)):
-            if coefficient != 0 and m is None:
-                raise ValueError(f"the row has {name}={coefficient:g} but history holds {len(history)} tensors")
+        values = row
         row = torch.tensor(row, dtype=torch.float32)
     elif row.shape != (9,) or row.dtype != torch.float32:
         raise ValueError(f"a row tensor must be float32 [9]: got {row.dtype} {tuple(row.shape)}")
+    else:
+        values = row.tolist() if len(history) < 2 and _readable(row) else ()
+    for name, coefficient, m in zip(("C1", "C2"), values[6:8], (m1, m2), strict=False):
+        if coefficient != 0 and m is None:
+            raise ValueError(f"the row has {name}={coefficient:g} but history holds {len(history)} tensors")
     _check_scalar_device("row", row, y.device)
     args = (y, eps_hat, row, seed_t, _step(step, 1, y.device), m1, m2, z, h0, w0)
     if out is None and into is None:
@@ -348,8 +351,8 @@ def _check_image(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 def _check_channels(channels: int) -> None:
-    if channels >= 65536:
-        raise ValueError(f"noise v1 numbers at most 65535 channels: got {channels}")
+    if channels > 65536:
+        raise ValueError(f"noise v1 numbers at most 65536 channels: got {channels}")
 
 
 def _check_device(name: str, t: Tensor, device: torch.device) -> None:
@@ -383,8 +386,8 @@ def _like(name: str, t: Tensor, y: Tensor, dtypes: tuple[torch.dtype, ...] = (to
 
 def _origin(origin: Origin) -> Origin:
     h0, w0 = origin
-    if h0 < 0 or w0 < 0:
-        raise ValueError(f"origin must not be negative: got {(h0, w0)}")
+    if not (0 <= h0 < 1 << 32 and 0 <= w0 < 1 << 32):
+        raise ValueError(f"origin must be in 0 .. 2^32 - 1: got {(h0, w0)}")
     return h0, w0
 
 
@@ -403,10 +406,17 @@ def _step(step: int | Tensor, least: int, device: torch.device) -> Tensor:
         if step.dtype != torch.int64 or step.numel() != 1:
             raise TypeError(f"a step tensor must hold one int64: got {step.dtype} {tuple(step.shape)}")
         _check_scalar_device("step", step, device)
+        if _readable(step):
+            _step(int(step), least, device)
         return step.view(())
     if not least <= step < 1 << 32:
         raise ValueError(f"step must be in {least} .. 2^32 - 1: got {step}")
     return torch.tensor(step)
+
+
+def _readable(t: Tensor) -> bool:
+    """Is its value at hand? A tensor on the GPU stays there, and one that is traced has no value yet."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _scalar64(name: str, value: float | Tensor, device: torch.device) -> Tensor:
@@ -419,13 +429,17 @@ def _scalar64(name: str, value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def _alpha_gamma(alpha: float | Tensor, gamma: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    if not isinstance(gamma, Tensor) and not 0 < gamma < 1:
-        raise ValueError(f"gamma_t must be in (0, 1): got {gamma}")
-    if not isinstance(alpha, Tensor):
-        least = 0.0 if isinstance(gamma, Tensor) else gamma
+    least = 0.0
+    alpha_64, gamma_64 = _scalar64("alpha_t", alpha, device), _scalar64("gamma_t", gamma, device)
+    if not isinstance(gamma, Tensor) or _readable(gamma):
+        least = gamma = float(gamma)
+        if not 0 < gamma < 1:
+            raise ValueError(f"gamma_t must be in (0, 1): got {gamma}")
+    if not isinstance(alpha, Tensor) or _readable(alpha):
+        alpha = float(alpha)
         if not (least <= alpha <= 1 and alpha > 0):
             raise ValueError(f"alpha_t must be in [gamma_t, 1] = [{least}, 1]: got {alpha}")
-    alpha, gamma = _scalar64("alpha_t", alpha, device), _scalar64("gamma_t", gamma, device)
+    alpha, gamma = alpha_64, gamma_64
     if alpha.device != gamma.device:  # the kernel reads both from one side
         alpha, gamma = alpha.to(device), gamma.to(device)
     return alpha, gamma
@@ -443,7 +457,7 @@ def _gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"gamma must be one number or [B]: got {tuple(gamma.shape)} for a batch of {y.shape[0]}")
     _check_scalar_device("gamma", gamma, y.device)
     gamma = gamma.detach().double()
-    if gamma.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _readable(gamma):
         low, high = (gamma.min().item(), gamma.max().item()) if gamma.numel() else (1.0, 1.0)
         if not (low > 0 and high <= 1):
             raise ValueError(f"gamma must be in (0, 1]: got values from {low} to {high}")
