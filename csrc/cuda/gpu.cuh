@@ -1,0 +1,188 @@
+// What the kernels and their launches ask of the machine. tests/emulate.h answers the same calls on a CPU, so that
+// a machine without a GPU can run the kernels.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../common/ops.h"
+
+#if defined(SR3FAST_EMULATE)
+#include "emulate.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace sr3fast::cuda {
+
+#if !defined(SR3FAST_EMULATE)
+using f16 = __half;
+using bf16 = __nv_bfloat16;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+// All of a block's shared memory is dynamic: one array, cut up by the kernel.
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<char*>(memory);
+}
+
+// A cluster's blocks wait for each other between arrive and wait; a barrier of the block where there are no clusters.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_wait();
+#else
+  __syncthreads();
+#endif
+}
+// p of the block with this rank in the cluster
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* p, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<T*>(__cluster_map_shared_rank(p, rank));
+#else
+  return p;
+#endif
+}
+#endif
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+// Makes exec's device the current one for the calls of this scope.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    moved_ = device != before_;
+  }
+  ~OnDevice() {
+    if (moved_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool moved_ = false;
+};
+
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int64_t shared = 0;  // bytes
+  int cluster = 1;     // blocks of a cluster; divides blocks
+  void* stream = nullptr;
+};
+
+inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute& cluster) {
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(l.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(l.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(l.shared);
+  config.stream = static_cast<cudaStream_t>(l.stream);
+  config.attrs = &cluster;
+  config.numAttrs = l.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+// Above 48 KB of shared memory and clusters of 8, which run anywhere, a kernel must be told.
+inline cudaError_t allow(const void* kernel, const Launch& l) {
+  cudaError_t error = cudaSuccess;
+  if (l.shared > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
+  if (error == cudaSuccess && l.cluster > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error;
+}
+
+// Blocks of the largest cluster that this kernel can have: 16, 8, or 1 before Hopper.
+template <class Kernel>
+int widest_cluster(Kernel* kernel, int threads, int64_t shared, int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // asking takes microseconds, and the answer is the device's
+  std::atomic<int>* cached = device < kDevices ? &known[device] : nullptr;
+  if (cached && *cached > 0) return *cached;
+  int widest = 1;
+  if (attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {
+    widest = 8;
+    const Launch l{16, threads, shared, 16, nullptr};
+    cudaLaunchAttribute cluster{};
+    const cudaLaunchConfig_t config = configuration(l, cluster);
+    int clusters = 0;
+    if (allow(reinterpret_cast<const void*>(kernel), l) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0)
+      widest = 16;
+    else
+      cudaGetLastError();  // it was a question
+  }
+  if (cached) *cached = widest;
+  return widest;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), const Launch& l, const Arguments&... arguments) {
+  const auto what = [&] {
+    return std::string(op) + ": a launch of " + std::to_string(l.blocks) + " blocks of " +
+           std::to_string(l.threads) + " threads, " + std::to_string(l.shared) +
+           " bytes of shared memory, clusters of " + std::to_string(l.cluster);
+  };
+  if (l.blocks > 0x7fffffff) throw std::runtime_error(what() + ": a grid holds at most 2^31 - 1 blocks");
+  check(allow(reinterpret_cast<const void*>(kernel), l), what());
+  cudaLaunchAttribute cluster{};
+  const cudaLaunchConfig_t config = configuration(l, cluster);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), what());
+}
+
+// Calls f(T{}) with the element type.
+template <class F>
+void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f32: f(float{}); break;
+    case Dtype::f16: f(f16{}); break;
+    case Dtype::bf16: f(bf16{}); break;
+  }
+}
+
+// An element of a parameter vector.
+__device__ __forceinline__ float read(const Vector& v, int64_t i) {
+  switch (v.dtype) {
+    case Dtype::f32: return static_cast<const float*>(v.data)[i];
+    case Dtype::f16: return to_float(static_cast<const f16*>(v.data)[i]);
+    default: return to_float(static_cast<const bf16*>(v.data)[i]);
+  }
+}
+
+constexpr int64_t ceil_divide(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+}  // namespace sr3fast::cuda

@@ -1,0 +1,504 @@
+// group_norm_silu, forward.
+//
+// Where a slice fits into the shared memory of a cluster's blocks, one kernel reads it once: moments, an exchange
+// between the blocks, and the result from shared memory. Otherwise two kernels, moments and apply, over as many
+// samples at a time as stay in the L2 cache from one to the other.
+#include "norm.cuh"
+
+namespace sr3fast::cuda {
+namespace {
+
+constexpr int kInFlight = 8;                   // 16-byte loads of a thread, moments in channels_last
+constexpr int64_t kBlockBytes = 64 * 1024;     // of a slice in a block's shared memory: two blocks a multiprocessor
+constexpr int64_t kLeastBytes = 4 * 1024;      // in each block of a cluster
+constexpr int64_t kChunkBytes = 30 << 20;      // in L2 between the two kernels, or half of L2 where that is less
+
+struct Arguments {
+  const void *h, *h2, *residual;
+  void *out, *s;
+  Vector weight, bias, shift;
+  float *mean, *rstd;
+  float2* scratch;  // moments: [sample, group, part]
+  float eps;
+  bool silu;
+  Sizes sizes;
+  Cut cut;
+  int64_t first_sample;
+  // shared memory
+  uint32_t data, partial, parameters, received, stat;
+};
+
+// shift, weight and bias of a slice's channels, then (after the statistics) what apply needs of them
+struct Parameters {
+  float *shift, *weight, *bias;
+
+  __device__ __forceinline__ Parameters(const Arguments& a) {
+    shift = shared_at<float>(a.parameters);
+    weight = shift + a.cut.slice;
+    bias = weight + a.cut.slice;
+  }
+  __device__ __forceinline__ void load(const Arguments& a, const Block& block) const {
+    for (uint32_t i = threadIdx.x; i < a.cut.slice; i += kThreads) {
+      const uint32_t c = block.slice * a.cut.slice + i;
+      // the residual sum has the shift in it already
+      shift[i] = a.shift && !a.residual ? read(a.shift, block.b * a.sizes.channels + c) : 0.0f;
+      weight[i] = read(a.weight, c);
+      bias[i] = read(a.bias, c);
+    }
+  }
+};
+
+// s = h + shift + residual, rounded to T, stored and put in h's place.
+template <class T, int V>
+__device__ __forceinline__ void add_residual(const Arguments& a, Vec<T, V>& h, const Vec<T, V>& residual,
+                                             const float (&shift)[V], int64_t at) {
+  float x[V], r[V];
+  h.floats(x);
+  residual.floats(r);
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = (x[i] + shift[i]) + r[i];
+  h = Vec<T, V>::of(x);
+  h.store(static_cast<T*>(a.s) + at);
+}
+
+template <class T, int V>
+__device__ __forceinline__ Vec<T, V> normalize(const Arguments& a, const Vec<T, V>& raw, const float (&mean)[V],
+                                               const float (&scale)[V], const float (&bias)[V]) {
+  float x[V];
+  raw.floats(x);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    x[i] = (x[i] - mean[i]) * scale[i] + bias[i];
+    if (a.silu) x[i] *= sigmoid<T>(x[i]);
+  }
+  return Vec<T, V>::of(x);
+}
+
+// ---- channels_last
+
+// Moments of the block's part, by group; one: for one_kernel, which keeps the part in shared memory and whose cluster
+// must have started before f, which gets f(group of the slice, lane of the team, lanes, mean and M2).
+template <class T, int V, bool one, class F>
+__device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& block, F&& f) {
+  using Elements = Vec<T, V>;
+  const uint32_t begin = a.cut.begin(block.part), length = a.cut.length(block.part);
+  const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
+  float2* partial = shared_at<float2>(a.partial);
+  const Columns<V> columns(a.cut.slice);
+
+  for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
+    const uint32_t c = block.slice * a.cut.slice + column * V;
+    uint32_t stride;
+    const T* h = pair.nhwc(a.sizes, block.b, c, stride);
+    const int64_t whole = (block.b * a.sizes.pixels) * a.sizes.channels + c;  // of a tensor with all channels
+    float shift[V] = {};
+    if (a.residual && a.shift) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) shift[v] = read(a.shift, block.b * a.sizes.channels + c + v);
+    }
+    Running<V> running;
+    for (uint32_t p = columns.row; p < length; p += kInFlight * columns.rows) {
+      Elements x[kInFlight] = {};
+      const int n = static_cast<int>(min(static_cast<uint32_t>(kInFlight), (length - p - 1) / columns.rows + 1));
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k)
+        if (k < n) x[k] = Elements::load_constant(h + static_cast<int64_t>(begin + p + k * columns.rows) * stride);
+      if (a.residual) {
+        const T* residual = static_cast<const T*>(a.residual) + whole;
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+          if (k >= n) continue;
+          const int64_t at = static_cast<int64_t>(begin + p + k * columns.rows) * a.sizes.channels;
+          add_residual(a, x[k], Elements::load_constant(residual + at), shift, whole + at);
+        }
+      }
+      if (one) {
+        T* data = shared_at<T>(a.data) + column * V;
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k)
+          if (k < n) x[k].store(data + (p + k * columns.rows) * a.cut.slice);
+      }
+      running.template add<kInFlight>(n, [&](int k, int v) { return x[k].at(v); });
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      partial[columns.row * a.cut.slice + column * V + v] = make_float2(running.mean[v], running.m2[v]);
+  }
+  const Parameters parameters(a);
+  parameters.load(a, block);
+  __syncthreads();
+  if (one) cluster_wait();
+
+  const uint32_t groups = a.cut.slice / a.sizes.width, rows = min(columns.rows, length);
+  const int lanes = team_for(groups), teams = kThreads / lanes, team = threadIdx.x / lanes;
+  for (uint32_t round = 0; round < groups; round += teams) {
+    const uint32_t group = min(round + team, groups - 1);  // a team with none repeats the last
+    const float2 moments = merge(rows * a.sizes.width, static_cast<float>(length) * a.sizes.width, lanes,
+                                 [&](uint32_t i, float& n, float& mean, float& m2) {
+      const uint32_t row = a.sizes.by_width.quotient(i), c = group * a.sizes.width + i - row * a.sizes.width;
+      const float2 of = partial[row * a.cut.slice + c];
+      n = static_cast<float>((length - row - 1) / columns.rows + 1);
+      mean = of.x + parameters.shift[c];  // a shift only moves the mean
+      m2 = of.y;
+    });
+    f(group, threadIdx.x % lanes, lanes, moments);
+  }
+}
+
+// The block's part, from `source` (element 0: the part's first pixel, first channel of the slice; `pixel` elements
+// between pixels); stat holds mean and 1/std of the slice's groups.
+template <class T, int V>
+__device__ __forceinline__ void nhwc_apply(const Arguments& a, const Block& block, bool kept) {
+  using Elements = Vec<T, V>;
+  const uint32_t begin = a.cut.begin(block.part), length = a.cut.length(block.part);
+  const float2* stat = shared_at<float2>(a.stat);
+  const Parameters parameters(a);
+  const Columns<V> columns(a.cut.slice);
+  const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
+
+  for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
+    float mean[V], scale[V], bias[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const uint32_t i = column * V + v;
+      const float2 of = stat[a.sizes.by_width.quotient(i)];
+      mean[v] = of.x - parameters.shift[i];
+      scale[v] = of.y * parameters.weight[i];
+      bias[v] = parameters.bias[i];
+    }
+    const uint32_t c = block.slice * a.cut.slice + column * V;
+    const int64_t whole = (block.b * a.sizes.pixels + begin) * a.sizes.channels + c;
+    T* out = static_cast<T*>(a.out) + whole;
+    const T* source;
+    uint32_t stride;
+    if (kept) {
+      source = shared_at<T>(a.data) + column * V;
+      stride = a.cut.slice;
+    } else if (a.residual) {
+      source = static_cast<const T*>(a.s) + whole;
+      stride = a.sizes.channels;
+    } else {
+      source = pair.nhwc(a.sizes, block.b, c, stride);
+      source += static_cast<int64_t>(begin) * stride;
+    }
+    constexpr int kAtOnce = 4;
+    for (uint32_t p = columns.row; p < length; p += kAtOnce * columns.rows) {
+      Elements x[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+        if (p + k * columns.rows < length)
+          x[k] = Elements::load(source + static_cast<int64_t>(p + k * columns.rows) * stride);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+        if (p + k * columns.rows < length)
+          normalize(a, x[k], mean, scale, bias)
+              .store(out + static_cast<int64_t>(p + k * columns.rows) * a.sizes.channels);
+    }
+  }
+}
+
+// ---- NCHW: a group's channels lie side by side; vectors counted through the group
+
+template <class T, int V>
+struct Group {
+  const Arguments& a;
+  const Block& block;
+  Pair<T> pair;
+  int64_t whole;  // of the group in a tensor with all channels
+  uint32_t c0;
+
+  __device__ __forceinline__ Group(const Arguments& a_, const Block& block_)
+      : a(a_), block(block_), pair{static_cast<const T*>(a_.h), static_cast<const T*>(a_.h2)} {
+    c0 = block.slice * a.sizes.width;
+    whole = (block.b * a.sizes.channels + c0) * a.sizes.pixels;
+  }
+  __device__ __forceinline__ uint32_t channel(uint32_t i) const { return a.sizes.by_row.quotient(i); }
+  __device__ __forceinline__ const T* h(uint32_t i) const {
+    const uint32_t c = channel(i);
+    return pair.nchw(a.sizes, block.b, c0 + c) + (i - c * a.sizes.by_row.divisor) * V;
+  }
+};
+
+// Moments of the block's part, the same in every thread.
+template <class T, int V, bool one>
+__device__ __forceinline__ float2 nchw_moments(const Arguments& a, const Block& block) {
+  using Elements = Vec<T, V>;
+  constexpr int K = 4;
+  const Group<T, V> group(a, block);
+  const uint32_t begin = a.cut.begin(block.part), length = a.cut.length(block.part);
+  Running<1> running;
+  for (uint32_t p = threadIdx.x; p < length; p += K * kThreads) {
+    Elements x[K] = {};
+    float shift[K] = {};
+    const int n = static_cast<int>(min(static_cast<uint32_t>(K), (length - p - 1) / kThreads + 1));
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (k < n) x[k] = Elements::load_constant(group.h(begin + p + k * kThreads));
+    if (a.shift) {
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (k < n)
+          shift[k] = read(a.shift, block.b * a.sizes.channels + group.c0 + group.channel(begin + p + k * kThreads));
+    }
+    if (a.residual) {
+      const T* residual = static_cast<const T*>(a.residual) + group.whole;
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (k >= n) continue;
+        const int64_t at = static_cast<int64_t>(begin + p + k * kThreads) * V;
+        float shifts[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) shifts[v] = shift[k];
+        add_residual(a, x[k], Elements::load_constant(residual + at), shifts, group.whole + at);
+        shift[k] = 0.0f;
+      }
+    }
+    if (one) {
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (k < n) x[k].store(shared_at<T>(a.data) + (p + k * kThreads) * V);
+    }
+    running.template add<K * V>(n * V, [&](int i, int) { return x[i / V].at(i % V) + shift[i / V]; });
+  }
+  Parameters(a).load(a, block);
+  float* shared = shared_at<float>(a.partial);
+  const float mean = block_sum(running.count * running.mean[0], shared) / (static_cast<float>(length) * V);
+  const float delta = running.mean[0] - mean;
+  const float m2 = block_sum(running.m2[0] + running.count * (delta * delta), shared + kWarps);
+  if (one) cluster_wait();
+  return make_float2(mean, m2);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void nchw_apply(const Arguments& a, const Block& block, bool kept) {
+  using Elements = Vec<T, V>;
+  constexpr int K = 4;
+  const Group<T, V> group(a, block);
+  const uint32_t begin = a.cut.begin(block.part), length = a.cut.length(block.part);
+  const float2 stat = *shared_at<float2>(a.stat);
+  const Parameters parameters(a);
+  for (uint32_t p = threadIdx.x; p < length; p += K * kThreads) {
+    Elements x[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const uint32_t i = begin + p + k * kThreads;
+      if (p + k * kThreads >= length) continue;
+      if (kept)
+        x[k] = Elements::load(shared_at<T>(a.data) + (p + k * kThreads) * V);
+      else
+        x[k] = Elements::load(a.residual ? static_cast<const T*>(a.s) + group.whole + static_cast<int64_t>(i) * V
+                                        : group.h(i));
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const uint32_t i = begin + p + k * kThreads;
+      if (p + k * kThreads >= length) continue;
+      const uint32_t c = group.channel(i);
+      float mean[V], scale[V], bias[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        mean[v] = stat.x - parameters.shift[c];
+        scale[v] = stat.y * parameters.weight[c];
+        bias[v] = parameters.bias[c];
+      }
+      normalize(a, x[k], mean, scale, bias).store(static_cast<T*>(a.out) + group.whole + static_cast<int64_t>(i) * V);
+    }
+  }
+}
+
+// ---- both layouts
+
+// Mean and 1/std of the slice's groups into shared memory, from the parts' moments; a barrier follows.
+template <int V, bool nhwc, class Source>
+__device__ __forceinline__ void merge_parts(const Arguments& a, const Block& block, Source&& source) {
+  const uint32_t groups = a.cut.slice / a.sizes.width;
+  const float each = nhwc ? a.sizes.width : V;  // elements of a group in a unit of length
+  for (uint32_t round = 0; round < groups; round += kWarps) {
+    const uint32_t group = min(round + threadIdx.x / 32, groups - 1);
+    const float total = a.cut.total * each;
+    const float2 moments = merge(a.cut.parts, total, 32, [&](uint32_t part, float& n, float& mean, float& m2) {
+      const float2 of = source(group, part);
+      n = a.cut.length(part) * each;
+      mean = of.x;
+      m2 = of.y;
+    });
+    if (threadIdx.x % 32 != 0 || round + threadIdx.x / 32 >= groups) continue;
+    const float2 of = make_float2(moments.x, 1.0f / sqrtf(moments.y / total + a.eps));
+    shared_at<float2>(a.stat)[group] = of;
+    if (block.part == 0) {
+      const int64_t i = block.b * a.sizes.groups + block.slice * groups + group;
+      a.mean[i] = of.x;
+      a.rstd[i] = of.y;
+    }
+  }
+  __syncthreads();
+}
+
+template <class T, int V, bool nhwc>
+__global__ void __launch_bounds__(kThreads, 2) one_kernel(const Arguments a) {
+  cluster_arrive();  // a peer's shared memory is there once the peer has started
+  const Block block(a.cut, a.first_sample);
+  const uint32_t groups = a.cut.slice / a.sizes.width;
+  float2* received = shared_at<float2>(a.received);  // [part, group]
+  if constexpr (nhwc) {
+    nhwc_moments<T, V, true>(a, block, [&](uint32_t group, int lane, int lanes, float2 moments) {
+      for (uint32_t peer = lane; peer < a.cut.parts; peer += lanes)
+        cluster_peer(received, peer)[block.part * groups + group] = moments;
+    });
+  } else {
+    const float2 moments = nchw_moments<T, V, true>(a, block);
+    if (threadIdx.x < a.cut.parts) cluster_peer(received, threadIdx.x)[block.part] = moments;
+  }
+  cluster_arrive();
+  cluster_wait();
+  merge_parts<V, nhwc>(a, block, [&](uint32_t group, uint32_t part) { return received[part * groups + group]; });
+  if constexpr (nhwc)
+    nhwc_apply<T, V>(a, block, true);
+  else
+    nchw_apply<T, V>(a, block, true);
+}
+
+// Where a slice's moments start in the scratch memory.
+__device__ __forceinline__ float2* scratch_of(const Arguments& a, const Block& block, uint32_t group) {
+  const int64_t g = block.b * a.sizes.groups + block.slice * (a.cut.slice / a.sizes.width) + group;
+  return a.scratch + g * a.cut.parts;
+}
+
+template <class T, int V, bool nhwc>
+__global__ void __launch_bounds__(kThreads, 2) moments_kernel(const Arguments a) {
+  const Block block(a.cut, a.first_sample);
+  if constexpr (nhwc) {
+    nhwc_moments<T, V, false>(a, block, [&](uint32_t group, int lane, int, float2 moments) {
+      if (lane == 0) scratch_of(a, block, group)[block.part] = moments;
+    });
+  } else {
+    const float2 moments = nchw_moments<T, V, false>(a, block);
+    if (threadIdx.x == 0) scratch_of(a, block, 0)[block.part] = moments;
+  }
+}
+
+template <class T, int V, bool nhwc>
+__global__ void __launch_bounds__(kThreads, 4) apply_kernel(const Arguments a) {
+  const Block block(a.cut, a.first_sample);
+  Parameters(a).load(a, block);
+  merge_parts<V, nhwc>(a, block,
+                       [&](uint32_t group, uint32_t part) { return scratch_of(a, block, group)[part]; });
+  if constexpr (nhwc)
+    nhwc_apply<T, V>(a, block, false);
+  else
+    nchw_apply<T, V>(a, block, false);
+}
+
+// ---- how the work is cut
+
+int64_t lay_out(Arguments& a, int vector, int element_bytes, bool nhwc, bool keep) {
+  Layout layout;
+  const uint32_t groups = a.cut.slice / a.sizes.width;
+  const int64_t unit = nhwc ? int64_t{a.cut.slice} * element_bytes : int64_t{vector} * element_bytes;
+  const uint32_t columns = nhwc ? a.cut.slice / vector : 1, rows = columns < kThreads ? kThreads / columns : 1;
+  if (keep) a.data = layout.add(a.cut.size * unit);
+  a.partial = layout.add(nhwc ? int64_t{rows} * a.cut.slice * sizeof(float2) : 2 * kWarps * sizeof(float));
+  a.parameters = layout.add(int64_t{3} * a.cut.slice * sizeof(float));
+  if (keep) a.received = layout.add(int64_t{a.cut.parts} * groups * sizeof(float2));
+  a.stat = layout.add(groups * sizeof(float2));
+  return layout.bytes;
+}
+
+Cut cut_into(const Sizes& s, uint32_t slice, int64_t parts, int vector, bool nhwc) {
+  Cut cut{};
+  cut.slice = slice;
+  cut.slices = s.channels / slice;
+  cut.total = nhwc ? s.pixels : s.width * (s.pixels / vector);
+  cut.size = static_cast<uint32_t>(ceil_divide(cut.total, parts));
+  cut.parts = static_cast<uint32_t>(ceil_divide(cut.total, cut.size));
+  return cut;
+}
+
+// Slice and cluster for the one kernel; parts = 0 where a slice does not fit.
+Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, bool nhwc, int widest, int processors) {
+  const uint32_t narrowest = nhwc ? narrowest_slice(s.channels, s.width, vector, element_bytes) : s.width;
+  Cut best{};
+  int64_t best_blocks = 0;
+  const int64_t enough = 2 * processors;
+  for (int cluster = 1; cluster <= widest; cluster *= 2) {
+    // the widest first: longer runs of memory
+    for (uint32_t slice = nhwc ? s.channels : s.width; slice >= narrowest; slice -= narrowest) {
+      if (s.channels % slice != 0 || slice % s.width != 0) continue;
+      const Cut cut = cut_into(s, slice, cluster, vector, nhwc);
+      const int64_t bytes = int64_t{cut.size} * (nhwc ? slice : vector) * element_bytes;
+      const bool even = cut.parts == static_cast<uint32_t>(cluster);
+      if (!even || bytes > kBlockBytes || (cluster > 1 && bytes < kLeastBytes)) continue;
+      const int64_t blocks = batch * cut.slices * cut.parts;
+      if (blocks > best_blocks) {
+        best = cut;
+        best_blocks = blocks;
+      }
+      if (best_blocks >= enough) return best;
+    }
+  }
+  return best;
+}
+
+Cut chunk_cut(const Sizes& s, int vector, int element_bytes, bool nhwc) {
+  uint32_t slice = s.width;
+  if (nhwc) {
+    const uint32_t narrowest = narrowest_slice(s.channels, s.width, vector, element_bytes);
+    slice = s.channels;
+    for (uint32_t i = narrowest; i < s.channels; i += narrowest)
+      if (s.channels % i == 0 && i % s.width == 0 && i / vector <= 64) slice = i;
+    if (s.channels / vector <= 64) slice = s.channels;
+  }
+  const int64_t bytes = int64_t{slice} * s.pixels * element_bytes;
+  const int64_t parts = ceil_divide(bytes, kBlockBytes), most = most_parts(s.pixels);
+  return cut_into(s, slice, parts < most ? parts : most, vector, nhwc);
+}
+
+template <class T, int V, bool nhwc>
+void run(const char* op, Arguments a, int64_t batch, const Exec& exec) {
+  const int processors = attribute(cudaDevAttrMultiProcessorCount, exec.device);
+  const int widest = widest_cluster(one_kernel<T, V, nhwc>, kThreads, kBlockBytes + 32 * 1024, exec.device);
+  a.cut = cluster_cut(a.sizes, batch, V, sizeof(T), nhwc, widest, processors);
+  if (a.cut.parts > 0) {
+    const int64_t shared = lay_out(a, V, sizeof(T), nhwc, true);
+    if (shared <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) {
+      launch(op, one_kernel<T, V, nhwc>,
+             {batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts), exec.stream}, a);
+      return;
+    }
+  }
+  if (!a.scratch) throw std::runtime_error(std::string(op) + ": scratch memory is missing (scratch_bytes)");
+  a.cut = chunk_cut(a.sizes, V, sizeof(T), nhwc);
+  const int64_t shared = lay_out(a, V, sizeof(T), nhwc, false);
+  const int64_t sample = int64_t{a.sizes.channels} * a.sizes.pixels * sizeof(T);
+  const int64_t half_l2 = attribute(cudaDevAttrL2CacheSize, exec.device) / 2;
+  const int64_t fits = (half_l2 < kChunkBytes ? half_l2 : kChunkBytes) / sample, chunk = fits < 1 ? 1 : fits;
+  for (a.first_sample = 0; a.first_sample < batch; a.first_sample += chunk) {
+    const int64_t samples = batch - a.first_sample < chunk ? batch - a.first_sample : chunk;
+    const Launch blocks{samples * a.cut.slices * a.cut.parts, kThreads, shared, 1, exec.stream};
+    launch(op, moments_kernel<T, V, nhwc>, blocks, a);
+    launch(op, apply_kernel<T, V, nhwc>, blocks, a);
+  }
+}
+
+}  // namespace
+
+void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm& norm, Exec exec) {
+  if (out.numel() == 0) return;
+  const char* op = norm.residual ? "add_group_norm_silu" : "group_norm_silu";
+  const OnDevice on(exec.device);
+  const bool vectors = vectors_fit(norm, {out.data, s.data});
+  with_type(norm.h.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int V = 16 / sizeof(T);
+    Arguments a{norm.h.data, norm.h2.data, norm.residual.data, out.data, s.data, norm.weight, norm.bias, norm.shift,
+                mean, rstd, static_cast<float2*>(exec.scratch), static_cast<float>(norm.eps), norm.silu,
+                Sizes(norm, vectors ? V : 1), {}, 0, 0, 0, 0, 0, 0};
+    const int64_t batch = norm.h.size[0];
+    if (norm.h.channels_last())
+      vectors ? run<T, V, true>(op, a, batch, exec) : run<T, 1, true>(op, a, batch, exec);
+    else
+      vectors ? run<T, V, false>(op, a, batch, exec) : run<T, 1, false>(op, a, batch, exec);
+  });
+}
+
+}  // namespace sr3fast::cuda

@@ -1,0 +1,213 @@
+// What GroupNorm's kernels share, forward and backward: how a tensor is cut up, and moments.
+//
+// A block takes a part of a slice: in channels_last a range of pixels of some whole groups' channels, in NCHW a range
+// of one group's elements. Sums of its threads, then of a slice's blocks, are merged in an order that the sizes alone
+// decide, so results are deterministic.
+#pragma once
+
+#include "../common/divide.h"
+#include "device.h"
+#include "vec.cuh"
+
+namespace sr3fast::cuda {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+// One division of the work: sample, slice, part.
+struct Cut {
+  uint32_t slice, slices;       // channels of a slice (whole groups; NCHW: one group); slices of a sample
+  uint32_t parts, size, total;  // blocks of a slice; pixels (NCHW: vectors) of a block, of them all
+
+  SR3FAST_HD uint32_t begin(uint32_t part) const { return part * size < total ? part * size : total; }
+  SR3FAST_HD uint32_t length(uint32_t part) const { return begin(part + 1) - begin(part); }
+};
+
+struct Block {
+  uint32_t part, slice;
+  int64_t b;
+
+  __device__ __forceinline__ Block(const Cut& cut, int64_t first_sample) {
+    part = blockIdx.x % cut.parts;
+    const uint32_t unit = blockIdx.x / cut.parts;
+    slice = unit % cut.slices;
+    b = first_sample + unit / cut.slices;
+  }
+};
+
+struct Sizes {
+  uint32_t channels, first, pixels;  // C; of them in h, the rest in h2; H W
+  uint32_t groups, width;            // width = C / groups
+  Divide by_width;
+  Divide by_row;  // NCHW: vectors of a channel
+
+  Sizes(const Norm& norm, int elements)
+      : channels(static_cast<uint32_t>(norm.h.size[1] + (norm.h2 ? norm.h2.size[1] : 0))),
+        first(static_cast<uint32_t>(norm.h.size[1])),
+        pixels(static_cast<uint32_t>(norm.h.size[2] * norm.h.size[3])),
+        groups(static_cast<uint32_t>(norm.groups)),
+        width(channels / groups),
+        by_width(width),
+        by_row(pixels / elements) {}
+};
+
+// h or h2, whichever has the channel: element `within` (of H W in NCHW, pixel times channels in channels_last).
+template <class T>
+struct Pair {
+  const T *h, *h2;
+
+  __device__ __forceinline__ const T* nchw(const Sizes& s, int64_t b, uint32_t c) const {
+    if (c < s.first) return h + (b * s.first + c) * s.pixels;
+    return h2 + (b * (s.channels - s.first) + (c - s.first)) * s.pixels;
+  }
+  // and the channels between two pixels
+  __device__ __forceinline__ const T* nhwc(const Sizes& s, int64_t b, uint32_t c, uint32_t& stride) const {
+    stride = c < s.first ? s.first : s.channels - s.first;
+    return (c < s.first ? h + c : h2 + (c - s.first)) + b * s.pixels * stride;
+  }
+};
+
+// channels_last: a thread has the vector of channels `column` of every `rows`-th pixel from `row` on, then the next
+// column `step` further where a slice has more columns than a block has threads.
+template <int V>
+struct Columns {
+  uint32_t count, column, step, rows, row;
+
+  static SR3FAST_HD uint32_t rows_of(uint32_t slice) { return slice / V < kThreads ? kThreads / (slice / V) : 1; }
+  __device__ __forceinline__ explicit Columns(uint32_t slice) : count(slice / V) {
+    rows = rows_of(slice);
+    const bool fits = count < kThreads;
+    column = fits ? threadIdx.x % count : threadIdx.x;
+    step = fits ? count : kThreads;
+    row = fits ? threadIdx.x / count : 0;
+    if (row >= rows) column = count;  // nothing to do
+  }
+};
+
+// Sums over 2^k neighbouring lanes; every thread of the warp takes part.
+__device__ __forceinline__ float lane_sum(float x, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
+
+// Sum over the block; `shared` has kWarps floats that nothing else uses.
+__device__ __forceinline__ float block_sum(float x, float* shared) {
+  x = lane_sum(x, 32);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) x += shared[i];
+  return x;
+}
+
+// Lanes that share the merging of one item, where a block merges `items`: 8, 16 or 32.
+SR3FAST_HD int team_for(uint32_t items) { return items >= 32 ? 8 : items >= 16 ? 16 : 32; }
+
+// Chan's formula for many at once: n, mean and M2 of lanes' items i, each item(i, n, mean, m2), merged over the team.
+template <class Item>
+__device__ __forceinline__ float2 merge(uint32_t items, float total, int lanes, Item&& item) {
+  const uint32_t lane = threadIdx.x % lanes;
+  float n, mean, m2, sum = 0.0f;
+  for (uint32_t i = lane; i < items; i += lanes) {
+    item(i, n, mean, m2);
+    sum += n * mean;
+  }
+  const float merged = lane_sum(sum, lanes) / total;
+  sum = 0.0f;
+  for (uint32_t i = lane; i < items; i += lanes) {
+    item(i, n, mean, m2);
+    const float delta = mean - merged;
+    sum += m2 + n * (delta * delta);
+  }
+  return make_float2(merged, lane_sum(sum, lanes));
+}
+
+// Running moments of V sequences of one length, fed K at a time: mean and M2 of the K, then Chan's formula.
+template <int V>
+struct Running {
+  float count = 0.0f, mean[V] = {}, m2[V] = {};
+
+  template <bool all, int K, class Element>
+  __device__ __forceinline__ void add_some(int n, Element&& element) {
+    const float added = all ? K : n, share = added / (count + added), spread = count * share, inverse = 1.0f / added;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      float x[K], sum = 0.0f, squares = 0.0f;
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        x[k] = element(k, v);
+        if (all || k < n) sum += x[k];
+      }
+      const float own = sum * inverse;
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (all || k < n) squares += (x[k] - own) * (x[k] - own);
+      const float delta = own - mean[v];
+      mean[v] += delta * share;
+      m2[v] += squares + delta * delta * spread;
+    }
+    count += added;
+  }
+  // the first n of K; n > 0
+  template <int K, class Element>
+  __device__ __forceinline__ void add(int n, Element&& element) {
+    if (n == K)
+      add_some<true, K>(n, element);
+    else
+      add_some<false, K>(n, element);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ float sigmoid(float x) {
+  if (sizeof(T) == 4) return 1.0f / (1.0f + expf(-x));
+  return __fdividef(1.0f, 1.0f + __expf(-x));  // some 2^-22: far below a half's rounding
+}
+
+// Where the pieces of a block's shared memory start, in bytes.
+struct Layout {
+  int64_t bytes = 0;
+  uint32_t add(int64_t size) {
+    const int64_t at = bytes;
+    bytes += ceil_divide(size, 16) * 16;
+    return static_cast<uint32_t>(at);
+  }
+};
+
+template <class X>
+__device__ __forceinline__ X* shared_at(uint32_t offset) {
+  return reinterpret_cast<X*>(shared_memory() + offset);
+}
+
+// The elements of a vector: 16 bytes where every row (NCHW) or pixel (channels_last) starts at a multiple of that, or one.
+inline bool vectors_fit(const Norm& norm, std::initializer_list<const void*> others) {
+  const int64_t n = 16 / (norm.h.dtype == Dtype::f32 ? 4 : 2);
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  bool fit = norm.h.channels_last() ? norm.h.size[1] % n == 0 && norm.h2.size[1] % n == 0
+                                    : norm.h.size[2] * norm.h.size[3] % n == 0;
+  for (const void* p : {static_cast<const void*>(norm.h.data), static_cast<const void*>(norm.h2.data),
+                        static_cast<const void*>(norm.residual.data)})
+    fit = fit && aligned(p);
+  for (const void* p : others) fit = fit && aligned(p);
+  return fit;
+}
+
+// Channels of the narrowest slice that is whole groups, whole vectors and whole 32-byte sectors; C where none divides C.
+inline uint32_t narrowest_slice(uint32_t channels, uint32_t width, int vector, int element_bytes) {
+  const uint32_t least = vector > 1 ? 32 / element_bytes : 1;
+  for (uint32_t slice = width; slice < channels; slice += width)
+    if (slice % least == 0 && channels % slice == 0) return slice;
+  return channels;
+}
+
+// Most parts of a slice, for the size of the scratch memory.
+constexpr int64_t most_parts(int64_t pixels) {
+  const int64_t parts = ceil_divide(pixels, 256);
+  return parts < 256 ? parts : 256;
+}
+
+// Floats of scratch memory for a channel of a sample: the backward's three sums for each part, and two in all. The
+// forward's two moments for each part of a group are fewer.
+constexpr int64_t scratch_floats(int64_t pixels) { return 3 * most_parts(pixels) + 2; }
+
+}  // namespace sr3fast::cuda

@@ -1,0 +1,210 @@
+"""The CUDA home on an emulated GPU (emulate.h): csrc/cuda compiled for the CPU, behind `sr3fast.native.Home`.
+
+What a GPU alone can show (speed, the compiler's code, races that an order of threads does not bring out) it cannot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from sr3fast import native
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent.parent / "csrc" / "cuda"
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-x", "c++", "-DSR3FAST_EMULATE", f"-I{HERE}", "-ffp-contract=off"),
+    *("-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
+    # a misaligned vector, an index out of an array or an overflow stops the process
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize-undefined-trap-on-error",
+)
+FORWARD, BACKWARD, SHUFFLED = range(3)  # the order in which threads run
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+def build(folder: Path) -> Path:
+    """Compile the emulated home; the path of the library."""
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        subprocess.run([compiler(), *FLAGS, "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [*sorted(SOURCES.glob("*.cu")), HERE / "home.cpp"]))
+    library = folder / "cuda_on_cpu.so"
+    subprocess.run([compiler(), "-shared", "-o", library, *objects], check=True)
+    return library
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("size", ctypes.c_int64 * 4),
+        ("stride", ctypes.c_int64 * 4),
+    )
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int))
+
+
+def _scalar_type(value):
+    return type("_Scalar", (ctypes.Structure,), {"_fields_": (("value", value), ("device", ctypes.c_void_p))})
+
+
+_Int = _scalar_type(ctypes.c_int64)
+_Double = _scalar_type(ctypes.c_double)
+_Row = _scalar_type(ctypes.c_float * 9)
+
+
+class _Seeds(ctypes.Structure):
+    _fields_ = (("value", ctypes.c_int64), ("device", ctypes.c_void_p), ("per_sample", ctypes.c_bool))
+
+
+class _Origin(ctypes.Structure):
+    _fields_ = (("h", ctypes.c_int64), ("w", ctypes.c_int64))
+
+
+class _Exec(ctypes.Structure):
+    _fields_ = (
+        ("threads", ctypes.c_int),
+        ("device", ctypes.c_int),
+        ("stream", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        ("h", _Tensor),
+        ("h2", _Tensor),
+        ("residual", _Tensor),
+        ("weight", _Vector),
+        ("bias", _Vector),
+        ("shift", _Vector),
+        ("groups", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+        ("silu", ctypes.c_bool),
+    )
+
+
+def _tensor(image) -> _Tensor:
+    if image is None:
+        return _Tensor()
+    return _Tensor(image[0], image[1], (ctypes.c_int64 * 4)(*image[2:6]), (ctypes.c_int64 * 4)(*image[6:]))
+
+
+def _vector(vector) -> _Vector:
+    return _Vector() if vector is None else _Vector(*vector)
+
+
+class Functions:
+    """What `sr3fast._C.cuda` offers, from the emulated library."""
+
+    def __init__(self, library: Path):
+        self._library = ctypes.CDLL(str(library))
+        self._library.scratch_bytes.restype = ctypes.c_int64
+        self.in_memory = False  # scalars are read by the kernel, as from device memory
+
+    def schedule(self, order: int) -> None:
+        """The order in which threads run, and counters back to 0."""
+        self._library.emulate_schedule(order)
+        self._library.emulate_forget()
+
+    @property
+    def launches(self) -> int:
+        return self._library.emulate_launches()
+
+    @property
+    def largest_cluster(self) -> int:
+        return self._library.emulate_largest_cluster()
+
+    def scratch_bytes(self, *shape: int) -> int:
+        return self._library.scratch_bytes(*(ctypes.c_int64(n) for n in shape))
+
+    def _call(self, name, *arguments):
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_char_p
+        error = function(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments))
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def _scalar(self, kind, scalar):
+        address, on_host = scalar
+        if self.in_memory or not on_host:
+            return kind(device=address)
+        if kind is _Row:
+            return kind((ctypes.c_float * 9).from_address(address))
+        return kind(kind._fields_[0][1].from_address(address).value)
+
+    def _seeds(self, seeds) -> _Seeds:
+        address, on_host, per_sample = seeds
+        if self.in_memory or not on_host or per_sample:
+            return _Seeds(0, address, per_sample)
+        return _Seeds(ctypes.c_int64.from_address(address).value, None, False)
+
+    def noise(self, out, seed, step, domain, h0, w0, on):
+        place = (_Origin(h0, w0), _Exec(*on))
+        self._call("noise", _tensor(out), self._seeds(seed), self._scalar(_Int, step), domain, *place)
+
+    def refine(self, out, into, y, eps_hat, alpha, gamma, seed, step, z, h0, w0, on):
+        self._call(
+            "refine",
+            *(_tensor(t) for t in (out, into, y, eps_hat)),
+            *(self._scalar(_Double, alpha), self._scalar(_Double, gamma), self._seeds(seed)),
+            *(self._scalar(_Int, step), _tensor(z), _Origin(h0, w0), _Exec(*on)),
+        )
+
+    def solver_step(self, out, m, into, y, eps_hat, row, seed, step, m1, m2, z, h0, w0, on):
+        self._call(
+            "solver_step",
+            *(_tensor(t) for t in (out, m, into, y, eps_hat)),
+            *(self._scalar(_Row, row), self._seeds(seed), self._scalar(_Int, step)),
+            *(_tensor(m1), _tensor(m2), _tensor(z), _Origin(h0, w0), _Exec(*on)),
+        )
+
+    def q_sample(self, out, eps_out, into, y_0, gamma, per_sample, seed, step, eps, h0, w0, on):
+        gamma = _Double(device=gamma[0]) if per_sample else self._scalar(_Double, gamma)
+        self._call(
+            "q_sample",
+            *(_tensor(t) for t in (out, eps_out, into, y_0)),
+            *(gamma, int(per_sample), self._seeds(seed), self._scalar(_Int, step), _tensor(eps)),
+            *(_Origin(h0, w0), _Exec(*on)),
+        )
+
+    def group_norm_silu(self, out, s, mean, rstd, h, h2, residual, weight, bias, shift, groups, eps, silu, on):
+        norm = _Norm(*(_tensor(t) for t in (h, h2, residual)), *(_vector(v) for v in (weight, bias, shift)), groups, eps, silu)
+        self._call("group_norm_silu", _tensor(out), _tensor(s), *_addresses(mean, rstd), norm, _Exec(*on))
+
+    def group_norm_silu_backward(
+        self, dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd, h, h2, weight, bias, shift, groups, silu, on
+    ):
+        norm = _Norm(*(_tensor(t) for t in (h, h2, None)), *(_vector(v) for v in (weight, bias, shift)), groups, 0.0, silu)
+        self._call(
+            "group_norm_silu_backward",
+            *(_tensor(dh), _tensor(dh2), *_addresses(dweight, dbias, dshift), _tensor(grad), _tensor(grad_s)),
+            *(*_addresses(mean, rstd), norm, _Exec(*on)),
+        )
+
+
+def _addresses(*pointers: int) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(p or None) for p in pointers]
+
+
+def home(functions: Functions, device: int = 0) -> native.Home:
+    """`device` is an index into emulate.h's table."""
+    return native.Home(functions, lambda _: (0, device, 0), "emulated")
+
+
+__all__ = ["BACKWARD", "FORWARD", "SHUFFLED", "Functions", "build", "compiler", "home", "torch"]
