@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,11 +275,11 @@ def build(
     tensors: Mapping[str, Tensor],
     source: str,
     *,
-    names: Mapping[str, str] | None = None,
+    named: Callable[[str], str] = str,
     dtype: torch.dtype | None = torch.float32,
 ) -> UNet:
     """UNet(**config) holding `tensors`, in dtype unless that is None, in evaluation mode; see `matched`."""
-    unet = matched(config, tensors, source, names=names)
+    unet = matched(config, tensors, source, named=named)
     ready = {name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}
     unet.load_state_dict(ready, assign=True)
     return unet.eval()
@@ -290,11 +290,11 @@ def matched(
     tensors: Mapping[str, Tensor],
     source: str,
     *,
-    names: Mapping[str, str] | None = None,
+    named: Callable[[str], str] = str,
 ) -> UNet:
     """UNet(**config) on the meta device, after a check that `tensors` fit it.
 
-    source: says in errors where the tensors are from; names: their names there, where not ours.
+    source: says in errors where the tensors are from; named: gives a tensor's name there, where not ours.
     ValueError: the first differing tensors, both shapes, and the likely config.
     """
     with torch.device("meta"):
@@ -302,7 +302,7 @@ def matched(
     expected = {name: tuple(t.shape) for name, t in unet.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
-        raise ValueError(f"{source} does not fit the network: {_differences(expected, found, names or {})}")
+        raise ValueError(f"{source} does not fit the network: {_differences(expected, found, named)}")
     whole = [name for name, t in tensors.items() if not t.is_floating_point()]
     if whole:
         raise ValueError(f"{source} must hold floats: {whole[0]} is {tensors[whole[0]].dtype}")
@@ -310,14 +310,16 @@ def matched(
 
 
 def _differences(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    named: Callable[[str], str],
 ) -> str:
     def line(name: str) -> str:
         if name not in found:
-            return f"{names.get(name, name)} {list(expected[name])} is missing"
+            return f"{named(name)} {list(expected[name])} is missing"
         if name not in expected:
-            return f"{names.get(name, name)} {list(found[name])} is one too many"
-        return f"{names.get(name, name)} is {list(found[name])}, not {list(expected[name])}"
+            return f"{named(name)} {list(found[name])} is one too many"
+        return f"{named(name)} is {list(found[name])}, not {list(expected[name])}"
 
     differing = [n for n in [*expected, *found] if expected.get(n) != found.get(n)]
     differing = list(dict.fromkeys(differing))

@@ -106,6 +106,21 @@ def _our_name(theirs: str) -> str | None:
     return f"{match[1]}.{i}.{INNER_MODULES[match[3]]}.{leaf}"
 
 
+def _their_name(ours: str, variant: str) -> str:
+    """The inverse of _our_name."""
+    embedding, noise = {"sr3": ("noise_level_mlp", "noise_func"), "ddpm": ("time_mlp", "mlp")}[variant]
+    modules = {o: t for t, o in MODULES.items() if not t.endswith(("mlp.1", "mlp.3")) or embedding in t}
+    inner = {o: t for t, o in INNER_MODULES.items() if o != "noise" or f".{noise}." in t}
+    module, _, leaf = ours.rpartition(".")
+    if module in modules:
+        return f"{modules[module]}.{leaf}"
+    match = re.fullmatch(r"(downs|mid|ups)\.(\d+)\.(.+)", module)
+    if match is None or match[3] not in inner:
+        return ours
+    i = int(match[2]) + (match[1] == "downs")
+    return f"{match[1]}.{i}.{inner[match[3]]}.{leaf}"
+
+
 def _variant(names: Mapping[str, Any]) -> str:
     for prefix, variant in (("noise_level_mlp.", "sr3"), ("time_mlp.", "ddpm")):
         if any(name.startswith(prefix) for name in names):
@@ -165,11 +180,11 @@ def load(path: str | Path, config: Mapping[str, Any] | str | Path | None = None)
         structure = Structure.of_tensors(ours)
     except ValueError as error:
         raise ValueError(f"{path} is no checkpoint of a network of {REPOSITORY}: {error}") from error
-    names = {str(_our_name(name)): name for name in theirs}
-    unet = build(_resolve(structure, variant, given, path), ours, str(path), names=names)
+    config = _resolve(structure, variant, given, path)
+    unet = build(config, ours, str(path), named=lambda name: _their_name(name, variant))
     if "betas" in buffers:
         schedule = Schedule.from_betas(buffers["betas"])
-        if betas is not None and not torch.allclose(betas.betas.float(), schedule.betas.float(), rtol=1e-5):
+        if betas is not None and not _alike(betas, schedule):
             warnings.warn(
                 f"the config's schedule, {betas}, is not the checkpoint's, {schedule}: this is the"
                 " checkpoint's (for fewer steps keep it and give Sampler steps=)",
@@ -212,7 +227,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             " Where it was made, save the tensors alone: torch.save(netG.state_dict(), path)"
         ) from error
     except (RuntimeError, EOFError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or cut short: {str(error).splitlines()[0]}") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint, or cut short: {why}") from error
     if isinstance(state, Mapping) and "optimizer" in state:
         raise ValueError(
             f"{path} holds an optimizer's state: the network is in the file that ends in _gen.pth"
@@ -290,6 +306,10 @@ def _schedule_of(phases: Any) -> Schedule | None:
             phase.get("linear_start") or 1e-6,
             phase.get("linear_end") or 1e-2,
         )
+
+
+def _alike(a: Schedule, b: Schedule) -> bool:
+    return a.T == b.T and torch.allclose(a.betas, b.betas, rtol=1e-5, atol=0)
 
 
 def _read_json(path: Path) -> Any:
