@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--weights", default="photo-x4")
     parser.add_argument("--steps", type=int, help="by default the weights' own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures")
     options = parser.parse_args()
 
     upscaler = Upscaler(options.weights, steps=options.steps)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
+    from .image import Photo
     from .upscale import Upscaler
     from .weights import Model
 
@@ -243,6 +243,8 @@ class Evaluate(Weights):
     """Finished pictures to measure."""
     limit: int | None = None
     """Measure the first so many."""
+    bits: int | None = None
+    """Also the variational bound in bits a dimension, from so many noise levels (T of them: exactly)."""
     json: Path | None = None
     """Also write the numbers here."""
 
@@ -259,81 +261,119 @@ class Scores(NamedTuple):
 def evaluate(options: Evaluate) -> int:
     from tqdm import tqdm
 
-    upscaler = options.open() if options.result is None else None
+    upscaler = options.open() if options.result is None or options.bits is not None else None
     scale = upscaler.scale if upscaler else options.scale or 4.0
     truths = _pictures(options.truth)
     sources = _partners(truths, options.source)
     results = _partners(truths, options.result)
     names = list(truths)[: options.limit]
     table: dict[str, dict[str, Scores]] = {}
+    bound = 0.0
     for name in tqdm(names, desc="pictures", unit="picture", disable=len(names) < 2):
-        made = results[name] if results else None
-        given = sources[name] if sources else None
-        table[name] = _evaluate(truths[name], given, made, upscaler, scale, options.seed)
-    mean = {
-        who: Scores(
-            *(sum(column) / len(names) for column in zip(*(t[who] for t in table.values()), strict=True))
-        )
-        for who in (BICUBIC, OURS)
-    }
+        high, low = _pair(truths[name], sources.get(name), scale)
+        made = _made(results[name], high.size) if results else _upscaled(upscaler, low, options.seed)
+        bicubic = low.resized(high.size)
+        table[name] = {BICUBIC: _scores(bicubic, high, low), OURS: _scores(made, high, low)}
+        if options.bits is not None:
+            bound += _bits(upscaler, high, low, options) / len(names)
     if len(names) > 1:
-        table["mean"] = mean
+        columns = {
+            who: zip(*(scores[who] for scores in table.values()), strict=True) for who in (BICUBIC, OURS)
+        }
+        table["mean"] = {
+            who: Scores(*(sum(c) / len(names) for c in column)) for who, column in columns.items()
+        }
+
     print(f"{'':24s} {'':8s} {'PSNR dB':>8s} {'SSIM':>7s} {'consistency e-5':>16s} {'spectrum dB':>12s}")
     for name, scores in table.items():
         for who, s in scores.items():
             numbers = f"{s.psnr:8.2f} {s.ssim:7.4f} {s.consistency:16.2f} {s.spectrum:12.2f}"
             print(f"{name[-24:]:24s} {who:8s} {numbers}")
+    if options.bits is not None:
+        print(f"\nvariational bound: {bound:.4f} bits a dimension")
     if options.json is not None:
         from .image import atomic
 
-        tree = {name: {who: s._asdict() for who, s in scores.items()} for name, scores in table.items()}
+        tree: dict[str, Any] = {
+            name: {who: s._asdict() for who, s in scores.items()} for name, scores in table.items()
+        }
+        if options.bits is not None:
+            tree["bits a dimension"] = bound
         with atomic(options.json) as temporary:
             temporary.write_text(json.dumps(tree, indent=1) + "\n")
     return 0
 
 
-def _evaluate(
-    truth: Path, source: Path | None, result: Path | None, upscaler: Upscaler | None, scale: float, seed: int
-) -> dict[str, Scores]:
+def _pair(truth: Path, source: Path | None, scale: float) -> tuple[Photo, Photo]:
+    """The truth, cut to a whole multiple of its source, and the source: read, or made by bicubic."""
+    from . import image
+
+    high = image.Photo(image.Photo.of(_read(truth)).color)
+    if source is None:
+        small = (int(high.size[0] / scale), int(high.size[1] / scale))
+        if min(small) < 2:
+            raise image.ImageError(f"{truth}: {high.size[0]} x {high.size[1]} is too small to be a truth")
+        high = image.Photo(high.color.crop((0, 0, round(small[0] * scale), round(small[1] * scale))))
+        return high, high.resized(small)
+    low = image.Photo(image.Photo.of(_read(source)).color)
+    size = (round(low.size[0] * scale), round(low.size[1] * scale))
+    if any(not 0 <= have - need < scale for have, need in zip(high.size, size, strict=True)):
+        raise image.ImageError(
+            f"{source}: {low.size[0]} x {low.size[1]}, {scale:g} times larger, is not the size of {truth}, "
+            f"{high.size[0]} x {high.size[1]}"
+        )
+    return image.Photo(high.color.crop((0, 0, *size))), low
+
+
+def _made(path: Path, size: tuple[int, int]) -> Photo:
+    from . import image
+
+    picture = image.Photo.of(_read(path)).color
+    if picture.width < size[0] or picture.height < size[1]:
+        raise image.ImageError(
+            f"{path}: {picture.width} x {picture.height} is smaller than the truth, {size[0]} x {size[1]}"
+        )
+    return image.Photo(picture.crop((0, 0, *size)))
+
+
+def _upscaled(upscaler: Upscaler | None, low: Photo, seed: int) -> Photo:
     from PIL import Image
 
     from . import image
 
-    high = image.Photo.of(_read(truth)).color
-    if source is not None:
-        low = image.Photo.of(_read(source)).color
-        scale = high.width / low.width
-    small = (int(high.width / scale), int(high.height / scale))
-    size = (round(small[0] * scale), round(small[1] * scale))
-    high = high.crop((0, 0, *size))
-    if source is None:
-        low = image.bicubic(high, small)
-    elif low.size != small:
-        raise image.ImageError(
-            f"{source}: {low.width} x {low.height} does not fit {truth} at a scale of {scale:g}"
-        )
-    if result is not None:
-        picture = _read(result)
-        if picture.width < size[0] or picture.height < size[1]:
-            raise image.ImageError(f"{result}: smaller than the truth, {size[0]} x {size[1]}")
-        made = image.Photo.of(picture).color.crop((0, 0, *size))
-    else:
-        assert upscaler is not None
-        levels = 65535 if low.mode == "F" else 255
-        drawn = upscaler(image.to_picture(image.to_tensor(low, levels), levels), seed)
-        assert isinstance(drawn, Image.Image)  # not a Spread: samples= was not given
-        made = image.Photo.of(drawn).color
-    x = image.bicubic(low, size)
-    return {who: _scores(picture, high, low) for who, picture in ((BICUBIC, x), (OURS, made))}
+    assert upscaler is not None  # opened where there are no results
+    drawn = upscaler(low.with_color(low.tensor()), seed)
+    assert isinstance(drawn, Image.Image)  # not a Spread: samples= was not given
+    return image.Photo.of(drawn)
 
 
-def _scores(picture: Any, truth: Any, source: Any) -> Scores:
-    from . import image, metrics
+def _bits(upscaler: Upscaler | None, high: Photo, low: Photo, options: Evaluate) -> float:
+    """The variational bound on -log2 p(truth given source)."""
+    from . import image
+    from .training import variational_bound
 
-    def tensor(one: Any) -> Tensor:
-        return image.Photo(one).tensor(3)[None]
+    assert upscaler is not None and options.bits is not None
+    model = upscaler.model
+    if model.target.kind != "image":
+        raise ValueError("--bits needs weights whose target is the image: a residual is on no 256 levels")
+    if not 1 <= options.bits <= model.schedule.T:
+        raise ValueError(f"--bits must lie in 1..T = {model.schedule.T}: got {options.bits}")
+    pictures = (low.resized(high.size), high)
+    x, y_0 = (
+        image.reflect_pad(p.tensor(upscaler.channels)[None], model.unet.multiple).to(upscaler.device)
+        for p in pictures
+    )
+    steps = [1 + round(i * (model.schedule.T - 1) / max(1, options.bits - 1)) for i in range(options.bits)]
+    bound = variational_bound(
+        upscaler.tiled, x, y_0, model.schedule, options.seed, level=model.level, steps=steps
+    )
+    return bound["bits"]
 
-    y, y_0, small = tensor(picture), tensor(truth), tensor(source)
+
+def _scores(picture: Photo, truth: Photo, source: Photo) -> Scores:
+    from . import metrics
+
+    y, y_0, small = (photo.tensor(3)[None] for photo in (picture, truth, source))
     spectrum = metrics.spectral_distance(y, y_0).item() if min(y.shape[2:]) >= 64 else float("nan")
     consistency = metrics.consistency(y, small).item() * 1e5
     return Scores(metrics.psnr(y, y_0).item(), metrics.ssim(y, y_0).item(), consistency, spectrum)
@@ -351,9 +391,9 @@ def _pictures(path: Path) -> dict[str, Path]:
     return files
 
 
-def _partners(truths: dict[str, Path], path: Path | None) -> dict[str, Path] | None:
+def _partners(truths: dict[str, Path], path: Path | None) -> dict[str, Path]:
     if path is None:
-        return None
+        return {}
     partners = _pictures(path)
     if path.is_file() and len(truths) == 1:
         return {name: path for name in truths}
@@ -380,9 +420,16 @@ def info(options: Info) -> int:
 
 
 def _train() -> tuple[type, Callable[[Any], Any]]:
-    from .training import TrainConfig, train
+    from .training import TrainConfig, TrainingError, train
 
-    return TrainConfig, train
+    def run(config: TrainConfig) -> int:
+        try:
+            train(config)
+        except TrainingError as error:
+            raise ValueError(str(error)) from error
+        return 0
+
+    return TrainConfig, run
 
 
 COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable[[Any], Any]]]]] = {
@@ -438,7 +485,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     if issubclass(options, Weights):  # sr3fast upscale photo.jpg, but sr3fast train --data photos
         config += (tyro.conf.PositionalRequiredArgs,)
     parsed: Any = tyro.cli(options, args=list(arguments), prog=f"sr3fast {command}", config=config)
-    return function(parsed) or 0
+    return function(parsed)
 
 
 def _complaint(error: BaseException, source: Path | None = None) -> str:

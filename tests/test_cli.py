@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import runpy
 import struct
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sr3fast import image, weights
+from sr3fast import image, metrics, weights
 from sr3fast.__main__ import main, plan
 from sr3fast.schedule import Schedule
+from sr3fast.training import variational_bound
 from sr3fast.unet import UNet
+from sr3fast.upscale import upscale
 
 STEPS = 2
 
@@ -27,7 +30,9 @@ STEPS = 2
 def folder(tmp_path_factory):
     """A tiny random network, saved."""
     torch.manual_seed(0)
-    unet = UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, dropout=0.0, image_size=16)
+    unet = UNet(
+        channels=8, multipliers=(1, 1, 1, 2), blocks=1, attention=(), groups=4, dropout=0.0, image_size=16
+    )
     schedule = Schedule.named("linear", T=200, start=1e-4, end=5e-2)
     target = weights.Target("residual", 4.0)
     path = tmp_path_factory.mktemp("weights")
@@ -78,8 +83,6 @@ def test_seed_steps_solver_and_grid_reach_the_sampler(here, folder):
         ("c", {"solver": "ddim", "grid": "t"}, ["--solver", "ddim", "--grid", "t"]),
         ("d", {"consistency": True}, ["--consistency"]),
     ):
-        from sr3fast.upscale import upscale
-
         assert run(folder, "photo.png", "--out", f"{name}.png", *arguments) == 0
         expected[name] = np.asarray(upscale("photo.png", weights.load(folder), **options))
         assert np.array_equal(np.asarray(Image.open(f"{name}.png")), expected[name])
@@ -195,6 +198,47 @@ def test_evaluate_finished_pictures_against_given_sources(here, folder):
     assert run(folder, *options, command="evaluate") == 2
 
 
+def test_evaluate_bits(here, folder, capsys):
+    picture("hr/a.png", (66, 64))
+    assert run(folder, "hr", "--bits", "3", command="evaluate") == 2
+    assert "--bits needs weights whose target is the image" in capsys.readouterr().err
+    model = weights.load(folder)
+    model.target = weights.Target("image")
+    weights.save("images", model)
+    options = ("hr", "--bits", "3", "--json", "scores.json")
+    assert run("images", *options, command="evaluate") == 0
+    truth = Image.open("hr/a.png").crop((0, 0, 64, 64))
+    x = image.to_tensor(image.bicubic(image.bicubic(truth, (16, 16)), (64, 64)))[None]
+    bound = variational_bound(
+        model.unet, x, image.to_tensor(truth)[None], model.schedule, 0, steps=[1, 101, 200]
+    )
+    assert json.loads(Path("scores.json").read_text())["bits a dimension"] == pytest.approx(bound["bits"])
+
+
+def test_train_is_dispatched(here, capsys):
+    assert main(["train", "--data", "nowhere", "--out", "run", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "sr3fast: nowhere: no such file or folder\n"
+    assert files(here) == []
+
+
+def test_the_demo(here, folder, capsys, monkeypatch):
+    """With a tiny network: it says where the picture is, how long it took and how near it came."""
+    demo = Path(__file__).parents[1] / "examples" / "demo.py"
+    monkeypatch.setattr(sys, "argv", [str(demo), "--weights", str(folder), "--steps", "4"])
+    runpy.run_path(str(demo), run_name="__main__")
+    text = capsys.readouterr().out
+    assert "4 steps in" in text and "picture: demo-output/picture.png" in text
+    truth = Image.open(demo.with_name("chelsea.png")).convert("RGB").crop((0, 0, 448, 300))
+    source = Image.open("demo-output/source.png")
+    assert source.tobytes() == image.bicubic(truth, (112, 75)).tobytes()
+    bicubic = image.bicubic(source, (448, 300))
+    pair = image.to_tensor(bicubic)[None], image.to_tensor(truth)[None]
+    psnr, ssim = metrics.psnr(*pair).item(), metrics.ssim(*pair).item()
+    assert f"{psnr:6.2f} dB {ssim:7.4f}" in text
+    assert Image.open("demo-output/result.png").size == (448, 300)
+    assert Image.open("demo-output/picture.png").width == 6 * 160 + 5 * 4
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
@@ -278,7 +322,7 @@ def test_a_checkpoint_of_another_network(here, folder, capsys, tmp_path_factory)
     for name in ("config.json", "model.safetensors"):
         (other / name).write_bytes((folder / name).read_bytes())
     config = json.loads((other / "config.json").read_text())
-    config["unet"]["multipliers"] = [1, 4]
+    config["unet"]["multipliers"] = [1, 1, 1, 4]
     (other / "config.json").write_text(json.dumps(config))
     refused(here, other, capsys, "photo.png", match="[16, 8, 3, 3], not [32, 8, 3, 3]")
 

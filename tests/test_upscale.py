@@ -22,7 +22,14 @@ SCHEDULE = Schedule.named("linear", T=200, start=1e-4, end=5e-2)
 
 def unet(channels=3, **options):
     torch.manual_seed(0)
-    config = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4, "dropout": 0.0}
+    config = {
+        "channels": 8,
+        "multipliers": (1, 1, 2),
+        "blocks": 1,
+        "attention": (),
+        "groups": 4,
+        "dropout": 0.0,
+    }
     net = UNet(**config | {"in_channels": 2 * channels, "out_channels": channels, "image_size": 32} | options)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -132,14 +139,14 @@ def test_a_unet_in_windows_leaves_no_seam():
     whole = array(upscale(picture, model(), tile=0, seed=3))
     tiled = array(upscale(picture, model(), tile=64, seed=3))
     assert np.abs(tiled - whole).mean() < 4  # of 255
-    starts, weights = windows(192, 64, 2)
+    starts, weights = windows(192, 64, 4)
     step = np.abs(np.diff(tiled - whole, axis=1)).mean((0, 2))
     edges = [s - 1 for s in starts[1:]] + [s + weights.shape[1] - 1 for s in starts[:-1]]
     assert step[edges].mean() <= 1.5 * step.mean() + 0.1
 
 
 def test_tile_is_checked():
-    with pytest.raises(ValueError, match=r"tile must be 0 \(none\) or at least 16 for this network: got 8"):
+    with pytest.raises(ValueError, match=r"tile must be 0 \(none\) or at least 32 for this network: got 8"):
         Tiled(unet(), 8)
     with pytest.raises(ValueError, match=r"tile must be 0 \(none\) or at least 16 for this network: got -1"):
         Tiled(Local(), -1)
