@@ -502,16 +502,20 @@ def train(
         if config.resume:
             trainer.resume()
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            _loop(trainer, pictures, held_out)
-        except RuntimeError as error:
-            if trainer.ranks.world > 1 and not isinstance(error, TrainingError) and _is_lost_rank(error):
-                raise TrainingError(
-                    f"a rank died or lost its connection at iteration {trainer.iteration} ({error}): "
-                    "start all ranks again with --resume, they go on from the last checkpoint"
-                ) from error
-            raise
+        _guarded(trainer, pictures, held_out)
         return trainer.averaged_model()
+
+
+def _guarded(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> None:
+    try:
+        _loop(trainer, pictures, held_out)
+    except RuntimeError as error:
+        if trainer.ranks.world > 1 and not isinstance(error, TrainingError) and _is_lost_rank(error):
+            raise TrainingError(
+                f"a rank died or lost its connection at iteration {trainer.iteration} ({error}): "
+                "start all ranks again with --resume, they go on from the last checkpoint"
+            ) from error
+        raise
 
 
 def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> None:
