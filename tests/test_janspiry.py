@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 from itertools import pairwise
 
 import janspiry_reference as janspiry
@@ -212,6 +213,8 @@ def test_config_as_their_json(tmp_path):
     parsed = json.loads("\n".join(line.split("//")[0] for line in file.read_text().splitlines()))
     assert load(path, parsed)[0].config["groups"] == 32
     assert load(path, parsed["model"])[0].config["groups"] == 32
+    assert load(path, {"norm_groups": 8, "which_model_G": "sr3"})[0].config["groups"] == 8
+    assert load(path, {"groups": 8, "dropout": 0.5})[0].config["dropout"] == 0.5
 
 
 def test_a_config_with_another_schedule_is_told(tmp_path):
@@ -235,7 +238,7 @@ def test_a_config_with_another_schedule_is_told(tmp_path):
             "attn_res \\[4\\] at image_size 16 .* \\(2,\\)",
         ),
         ({"norm_groups": 5}, "groups must divide the channels: got 16 channels and groups=5"),
-        ({"groups": 8}, "a config has 'model', or some of inner_channel, .*: got groups"),
+        ({"norm_group": 8}, "a config has 'model', or some of inner_channel, .*: got norm_group"),
         (
             {"model": {"which_model_G": "ddpm", "unet": {}}},
             "which_model_G is ddpm there and sr3 in the tensors",
@@ -478,7 +481,8 @@ def test_follows_the_schedule_and_the_weights():
         d.denoise_fn.final_conv.block[3].bias = torch.nn.Parameter(torch.full((3,), -0.3))
     results.append(agree())
     for d in (theirs, fast):
-        d.denoise_fn.mid[0].res_block.block1.block[3].weight.data *= 1.5
+        weight = d.denoise_fn.mid[0].res_block.block1.block[3].weight
+        weight.data = 1.5 * weight.data
     results.append(agree())
     for d in (theirs, fast):
         d.denoise_fn = copy.deepcopy(other)
@@ -512,6 +516,9 @@ def test_a_copy_samples_with_its_own_weights():
     x = torch.rand(1, 3, 8, 8) * 2 - 1
     before = theirs.super_resolution(x)
     ema = copy.deepcopy(theirs)
+    assert ema.super_resolution.__self__.diffusion is ema
+    assert ema.super_resolution.__self__.sampler is None  # it may hold captured graphs
+    assert torch.equal(pickle.loads(pickle.dumps(theirs)).super_resolution(x), before)
     assert torch.equal(ema.super_resolution(x), before)
     with torch.no_grad():
         ema.denoise_fn.final_conv.block[3].bias += 0.5
@@ -537,19 +544,23 @@ def test_noise_v1_is_the_default_and_batch_invariant():
     assert torch.equal(fast.super_resolution(x), first) and not torch.equal(first, second)
 
 
-def test_fewer_steps():
-    theirs = janspiry.diffusion(**SHORTER)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fewer_steps(variant):
+    theirs = janspiry.diffusion(variant=variant, **SHORTER)
+    level = level_of(variant)
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     fast = accelerate(theirs, steps=5, seed=3)
     result = fast.super_resolution(x)
     sampler = fast.super_resolution.__self__.sampler
     assert len(sampler.table) == 5
-    plain = Sampler(sampler.f_theta, Schedule.from_betas(theirs.betas), steps=5)
+    plain = Sampler(sampler.f_theta, Schedule.from_betas(theirs.betas), steps=5, level=level)
     assert torch.equal(result, plain(x, 3))
     assert fast.super_resolution(x, continous=True).shape == (2 * (1 + 5), 3, 8, 8)
     explicit = accelerate(theirs, steps=5, seed=3, solver="ddim", grid="t", eta=0.5)
-    expected = Sampler(sampler.f_theta, plain.schedule, steps=5, solver="ddim", grid="t", eta=0.5)(x, 3)
-    assert torch.equal(explicit.super_resolution(x), expected)
+    options = dict(steps=5, solver="ddim", grid="t", eta=0.5, level=level)
+    assert torch.equal(
+        explicit.super_resolution(x), Sampler(sampler.f_theta, plain.schedule, **options)(x, 3)
+    )
 
 
 class Edited(janspiry.Network):

@@ -47,18 +47,27 @@ def joined(x, y_t):
 
 
 def exact(plain, x, y_t, level):
-    """The plain network in float64, on the float32 embedding that both compute."""
-    plain = copy.deepcopy(plain).double()
+    """The plain network in float64, on the sinusoid in float32, as both compute it."""
+    return doubled(plain, level)(joined(x, y_t).double(), level)
+
+
+def doubled(plain, level):
+    plain = fixed(copy.deepcopy(plain), level).double()
+    plain.zero_grad()
+    return plain
+
+
+def fixed(plain, level):
+    """The plain network with its own float32 sinusoid of this level."""
     embed = plain.noise_level_mlp if plain.variant == "sr3" else plain.time_mlp
-    width = embed[1].in_features
-    embed[0] = _Fixed(sinusoid(level, width).double())
-    return plain(joined(x, y_t).double(), level)
+    embed[0] = _Fixed(embed[0](level))
+    return plain
 
 
 class _Fixed(torch.nn.Module):
     def __init__(self, value):
         super().__init__()
-        self.value = value
+        self.register_buffer("value", value)
 
     def forward(self, level):
         return self.value
@@ -105,12 +114,9 @@ def test_every_gradient_is_theirs(variant):
     v = torch.randn_like(y_t)
     (unet(x, y_t, level) * v).sum().backward()
     (plain(joined(x, y_t), level) * v).sum().backward()
-    doubled = copy.deepcopy(plain).double()
-    doubled.zero_grad()
-    embed = doubled.noise_level_mlp if variant == "sr3" else doubled.time_mlp
-    embed[0] = _Fixed(sinusoid(level, 16).double())
-    (doubled(joined(x, y_t).double(), level) * v).sum().backward()
-    truth = _renamed({n: p.grad for n, p in doubled.named_parameters()})
+    truth = doubled(plain, level)
+    (truth(joined(x, y_t).double(), level) * v).sum().backward()
+    truth = _renamed({n: p.grad for n, p in truth.named_parameters()})
     theirs = _renamed({n: p.grad for n, p in plain.named_parameters()})
     for name, p in unet.named_parameters():
         assert p.grad is not None, name
@@ -134,13 +140,18 @@ def test_channels_last_is_the_same_function():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16(variant, how):
     unet, plain = pair(variant)
-    if how == "weights":
-        unet, plain = unet.bfloat16(), plain.bfloat16()
     x, y_t, level = inputs_of(unet, H=32, W=32)
     x, y_t = x.bfloat16(), y_t.bfloat16()
-    embed = plain.noise_level_mlp if variant == "sr3" else plain.time_mlp
+    if how == "weights":
+        unet = unet.bfloat16()
+        for p in plain.parameters():
+            p.data = p.data.bfloat16().float()
     truth = exact(plain, x, y_t, level)
-    embed[0] = _Fixed(sinusoid(level, 16).to(next(plain.parameters()).dtype))
+    plain = fixed(plain, level)
+    if how == "weights":
+        plain = plain.bfloat16()
+    else:
+        x, y_t = x.float(), y_t.float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         ours, theirs = unet(x, y_t, level), plain(joined(x, y_t), level)
     assert ours.dtype == torch.bfloat16

@@ -53,7 +53,7 @@ DEFAULTS = {p.name: p.default for p in inspect.signature(UNet).parameters.values
 
 # ------------------------------------------------------------------------------------------- names
 
-# their names in "model.unet" of a config -> UNet's arguments
+# their names in a config -> UNet's arguments
 OPTIONS = {
     "inner_channel": "channels",
     "channel_multiplier": "multipliers",
@@ -64,6 +64,7 @@ OPTIONS = {
     "in_channel": "in_channels",
     "out_channel": "out_channels",
     "image_size": "image_size",
+    "which_model_G": "variant",
 }
 THEIR_OPTION = {ours: theirs for theirs, ours in OPTIONS.items()}
 
@@ -162,7 +163,8 @@ def load(path: str | Path, config: Mapping[str, Any] | str | Path | None = None)
         the same tensors as .safetensors. Read without running pickled code.
     config: needed where the structure is none of CONFIGS, since norm_groups cannot be read from tensors:
         a name in CONFIGS, the path of their JSON file (// comments allowed), what it holds as a dict, or only
-        {"norm_groups": 32}. Everything else is inferred; a config that contradicts the tensors is refused.
+        {"norm_groups": 32} (UNet's own names will do too). Everything else is inferred; a config that
+        contradicts the tensors is refused.
 
     The schedule is the one in the checkpoint (betas), that of training. The unet is float32, in evaluation
     mode, on the CPU.
@@ -278,12 +280,12 @@ def _read_config(config: Mapping[str, Any] | str | Path | None) -> tuple[dict[st
         raise TypeError(f"config must be a name, a path or a dict: got {type(config).__name__}")
     model = config.get("model") or (config if config.get("unet") else None)
     if model is None:
-        unknown = [name for name in config if name not in OPTIONS]
+        unknown = [name for name in config if name not in OPTIONS and name not in DEFAULTS]
         if unknown:
             raise ValueError(
                 f"a config has 'model', or some of {', '.join(OPTIONS)}: got {', '.join(unknown)}"
             )
-        return {OPTIONS[name]: value for name, value in config.items()}, None
+        return {OPTIONS.get(name, name): value for name, value in config.items()}, None
     options = {OPTIONS[name]: v for name, v in (model.get("unet") or {}).items() if name in OPTIONS}
     options["groups"] = options.get("groups") or 32  # what their code takes where it is absent or null
     image_size = (model.get("diffusion") or {}).get("image_size")
@@ -372,7 +374,7 @@ def _check_given(structure: Structure, variant: str, given: Mapping[str, Any], p
         said = given.get(name)
         said = tuple(said) if isinstance(said, list) else said
         if said is not None and said != value:
-            theirs = THEIR_OPTION.get(name, "which_model_G")
+            theirs = THEIR_OPTION[name]
             raise ValueError(
                 f"{path} is not of that config: {theirs} is {said} there and {value} in the tensors"
             )
@@ -639,7 +641,10 @@ def _check_same(unet: UNet, network: nn.Module) -> None:
     network.eval()
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            theirs = network(inputs, level).float()
+            try:
+                theirs = network(inputs, level).float()
+            except (TypeError, RuntimeError) as error:
+                raise ValueError(f"its forward takes other arguments: {error}") from error
             ours = unet(x if x.shape[1] else None, y_t, level).float()
     finally:
         for module in training:
