@@ -129,20 +129,28 @@ def test_every_window_gets_its_own_level_and_source():
         assert (run(i) - level * x).abs().max() < 1e-6
 
 
-def test_a_unet_in_windows_leaves_no_seam():
-    """GroupNorm sees a window's statistics, not the picture's, so results differ a little, but not at seams.
-
-    Along the columns where one window begins or ends inside the picture, neighbouring pixels of the
-    difference between tiled and whole differ no more than elsewhere.
-    """
+def test_a_unet_in_windows_is_near_the_whole_one():
+    """GroupNorm sees a window's statistics, not the picture's: the results differ, but little."""
     picture = blobs(48, 40)
     whole = array(upscale(picture, model(), tile=0, seed=3))
     tiled = array(upscale(picture, model(), tile=64, seed=3))
     assert np.abs(tiled - whole).mean() < 4  # of 255
-    starts, weights = windows(192, 64, 4)
-    step = np.abs(np.diff(tiled - whole, axis=1)).mean((0, 2))
-    edges = [s - 1 for s in starts[1:]] + [s + weights.shape[1] - 1 for s in starts[:-1]]
-    assert step[edges].mean() <= 1.5 * step.mean() + 0.1
+
+
+def test_windows_leave_no_seam():
+    """On smooth inputs, tiled minus whole changes from column to column no more at a seam than anywhere.
+
+    The largest change is 2.7 times the median one; with an even mean of the windows it is 4.7 times, with a
+    cut in the middle of the overlap 5.1, with a cut where a window ends 8.8.
+    """
+    generator = torch.Generator().manual_seed(5)
+    x, y_t = image.resize(torch.randn(2, 3, 4, 5, generator=generator), (160, 192))[:, None]
+    net, level = unet(), torch.full((1, 1), 0.5)
+    difference = Tiled(net, 64)(x, y_t, level) - net(x, y_t, level)
+    change = (
+        difference.diff(dim=3).abs().mean((0, 1, 2))[8:-8]
+    )  # at the picture's borders the network pads too
+    assert change.max() <= 3.5 * change.median()
 
 
 def test_tile_is_checked():
