@@ -394,7 +394,7 @@ def _origin(origin: Origin) -> Origin:
 def _seed(seed: Seed, batch: int, device: torch.device) -> Tensor:
     """int64, 0-dim (sample i uses seed + i) or [B]; on the host where it came from there as one int."""
     if isinstance(seed, int) and not isinstance(seed, bool):
-        return torch.tensor(noise_v1.signed64(seed))
+        return torch.scalar_tensor(noise_v1.signed64(seed), dtype=torch.int64)
     if isinstance(seed, Tensor) and seed.ndim == 0 and seed.dtype == torch.int64:
         _check_scalar_device("seed", seed, device)
         return seed
@@ -411,7 +411,7 @@ def _step(step: int | Tensor, least: int, device: torch.device) -> Tensor:
         return step.view(())
     if not least <= step < 1 << 32:
         raise ValueError(f"step must be in {least} .. 2^32 - 1: got {step}")
-    return torch.tensor(step)
+    return torch.scalar_tensor(step, dtype=torch.int64)
 
 
 def _readable(t: Tensor) -> bool:
@@ -425,7 +425,7 @@ def _scalar64(name: str, value: float | Tensor, device: torch.device) -> Tensor:
             raise ValueError(f"{name} must be one number: got a tensor {tuple(value.shape)}")
         _check_scalar_device(name, value, device)
         return value.detach().to(torch.float64).view(())
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.scalar_tensor(value, dtype=torch.float64)
 
 
 def _alpha_gamma(alpha: float | Tensor, gamma: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -450,7 +450,7 @@ def _gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
     if not isinstance(gamma, Tensor):
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1]: got {gamma}")
-        return torch.tensor(gamma, dtype=torch.float64)
+        return torch.scalar_tensor(gamma, dtype=torch.float64)
     if not gamma.is_floating_point():
         raise TypeError(f"gamma must be floating point: got {gamma.dtype}")
     if gamma.numel() != 1 and gamma.shape != (y.shape[0],):
@@ -532,6 +532,8 @@ def _check_apart(name: str, t: Tensor, others: dict[str, Tensor | None], same_is
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
+    if t.is_contiguous():
+        return t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()
     if t.numel() == 0:
         return 0, 0
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))

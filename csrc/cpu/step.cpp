@@ -13,25 +13,38 @@ namespace sr3fast::cpu::SR3FAST_ISA {
 namespace {
 
 constexpr int kQuad = 4 * kLanes;  // pixels drawn side by side: a counter a lane
-constexpr int kPixels = 256;       // pixels of a tile, NCHW
 constexpr int kChannels = 16;      // channels of a tile, channels_last
 constexpr int kTile = 1024;        // elements of a tile
-static_assert(kPixels <= kTile, "an NCHW tile fits the buffers");
 
-// Place of a tile: sample b, channels c .. c + channels, row h, columns w .. w + pixels.
+// Place of a tile: sample b, channels c .. c + channels, rows h .. h + rows, columns w .. w + pixels. With
+// more than one row it spans the image's width and has one channel.
 struct Tile {
-  int64_t b, c, channels, h, w, pixels;
+  int64_t b, c, channels, h, rows, w, pixels;
+
+  SR3FAST_INLINE int64_t numel() const { return channels * rows * pixels; }
+};
+
+// Stretches that a tile will read or write after its noise is drawn: asked for bit by bit meanwhile, so that
+// memory and arithmetic overlap.
+struct Ahead {
+  const float* stretch[3] = {nullptr, nullptr, nullptr};
+
+  SR3FAST_INLINE void touch(int64_t i, int64_t n) const {
+    for (const float* p : stretch)
+      for (int64_t k = 0; p && k < n; k += 16) __builtin_prefetch(p + i + k);
+  }
 };
 
 // z of pixels w .. w + pixels of one channel, stride apart.
 SR3FAST_INLINE void draw(float* z, int64_t stride, uint64_t seed, uint32_t domain, uint32_t step, int64_t c,
-                         int64_t h, int64_t w, int64_t pixels) {
+                         int64_t h, int64_t w, int64_t pixels, const Ahead& ahead, int64_t ahead_at) {
   Words32 lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
   for (int64_t quad = w / 4; quad * 4 < w + pixels; quad += kLanes) {
     const auto n = normals<Lanes>(seed, domain, step, static_cast<uint32_t>(c), static_cast<uint32_t>(h),
                                   lane + static_cast<uint32_t>(quad));
     const int64_t first = quad * 4 - w;  // may be negative: the quad starts left of the tile
+    ahead.touch(ahead_at + (first < 0 ? 0 : first) * stride, first + kQuad < pixels ? kQuad : pixels - first);
     if (stride == 1 && first >= 0 && first + kQuad <= pixels) {
       store_interleaved(z + first, n.z0, n.z1, n.z2, n.z3);
     } else {
@@ -44,9 +57,11 @@ SR3FAST_INLINE void draw(float* z, int64_t stride, uint64_t seed, uint32_t domai
 }
 
 SR3FAST_INLINE void draw_tile(float* z, const Tile& t, uint64_t seed, uint32_t domain, uint32_t step,
-                              Origin origin) {
-  for (int64_t i = 0; i < t.channels; ++i)
-    draw(z + i, t.channels, seed, domain, step, t.c + i, t.h + origin.h, t.w + origin.w, t.pixels);
+                              Origin origin, const Ahead& ahead = {}) {
+  for (int64_t r = 0; r < t.rows; ++r)
+    for (int64_t i = 0; i < t.channels; ++i)
+      draw(z + r * t.pixels + i, t.channels, seed, domain, step, t.c + i, t.h + r + origin.h, t.w + origin.w,
+           t.pixels, ahead, r * t.pixels);
 }
 
 // The tiles of an image in y's layout, shared between threads; f(tile, offset of its first element in y).
@@ -57,13 +72,15 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
   const int64_t B = y.size[0], C = y.size[1], H = y.size[2], W = y.size[3];
   threads = threads_for(threads, y.numel());
   if (!y.channels_last()) {
-    parallel_ranges(threads, B * C * H, [&](int64_t begin, int64_t end) {
-      int64_t b = begin / H / C, c = begin / H % C, h = begin % H;
+    const int64_t rows_a_tile = W <= kTile ? kTile / W : 1;
+    const int64_t bands = (H + rows_a_tile - 1) / rows_a_tile;  // of a plane
+    parallel_ranges(threads, B * C * bands, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        for (int64_t w = 0; w < W; w += kPixels)
-          f(Tile{b, c, 1, h, w, W - w < kPixels ? W - w : kPixels}, i * W + w);
-        if (++h == H) h = 0, ++c;
-        if (c == C) c = 0, ++b;
+        const int64_t plane = i / bands, h = i % bands * rows_a_tile;
+        const int64_t rows = H - h < rows_a_tile ? H - h : rows_a_tile;
+        for (int64_t w = 0; w < W; w += kTile)
+          f(Tile{plane / C, plane % C, 1, h, rows, w, W - w < kTile ? W - w : kTile},
+            (plane * H + h) * W + w);
       }
     });
     return;
@@ -75,7 +92,7 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
         for (int64_t c = 0; c < C; c += kChannels) {
           const int64_t channels = C - c < kChannels ? C - c : kChannels;
           const int64_t pixels = W - w < pixels_a_tile ? W - w : pixels_a_tile;
-          f(Tile{i / H, c, channels, i % H, w, pixels}, (i * W + w) * C + c);
+          f(Tile{i / H, c, channels, i % H, 1, w, pixels}, (i * W + w) * C + c);
         }
   });
 }
@@ -84,7 +101,7 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
 template <class F>
 SR3FAST_INLINE void each_run(const Tensor& y, const Tile& t, int64_t offset, F&& f) {
   if (t.channels == 1 ? !y.channels_last() : t.channels == y.size[1]) {
-    f(offset, 0, t.pixels * t.channels);
+    f(offset, 0, t.numel());
     return;
   }
   for (int64_t i = 0; i < t.pixels; ++i) f(offset + i * y.size[1], i * t.channels, t.channels);
@@ -94,12 +111,8 @@ SR3FAST_INLINE void each_run(const Tensor& y, const Tile& t, int64_t offset, F&&
 // tensor's own memory where it is that already.
 SR3FAST_INLINE bool in_tile_order(const Tensor& t, const Tile& tile) {
   const bool pixels = tile.channels > 1 ? t.stride[3] == tile.channels : t.stride[3] == 1;
-  return t.dtype == Dtype::f32 && (pixels || tile.pixels == 1) && (tile.channels == 1 || t.stride[1] == 1);
-}
-
-// Asks for a tile's operands before its noise is drawn, so that memory and arithmetic overlap.
-SR3FAST_INLINE void prefetch(const float* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+  return t.dtype == Dtype::f32 && (pixels || tile.pixels == 1) && (tile.channels == 1 || t.stride[1] == 1) &&
+         (tile.rows == 1 || t.stride[2] == tile.pixels);
 }
 
 // The update of n elements; every element is read before it is written, so out may be y and m may be m1 or
@@ -110,7 +123,12 @@ SR3FAST_INLINE void update_run(const Row& row, int64_t n, const float* y, const 
   const Floats a = all(row.a), b = all(row.b), recip = all(row.recip), ratio = all(row.ratio);
   const Floats top = all(row.clip), bottom = all(-row.clip);
   const bool estimates = m || row.c0 != 0.0f;
-  for (int64_t i = 0; i < n; i += kLanes) {
+  int64_t i = 0;
+  if (!estimates && row.c1 == 0.0f && row.c2 == 0.0f && row.s != 0.0f &&
+      !copy)  // refine: no branch in the loop
+    for (; i + kLanes <= n; i += kLanes)
+      store(out + i, a * load(y + i) + b * load(f + i) + row.s * load(z + i));
+  for (; i < n; i += kLanes) {
     const int64_t left = n - i;
     const auto term = [&](float coefficient, const float* p, Floats sum) {
       return coefficient != 0.0f ? sum + coefficient * load_some(p + i, left, 0.0f) : sum;
@@ -136,13 +154,16 @@ SR3FAST_INLINE const float* gather(const Tensor& t, const Tile& tile, float* buf
   const int64_t start = t.offset(tile.b, tile.c, tile.h, tile.w);
   if (in_tile_order(t, tile)) return static_cast<const float*>(t.data) + start;
   with_type(t, [&](auto* data) {
-    auto* p = data + start;
-    if (tile.channels == 1 && t.stride[3] == 1) {
-      for (int64_t w = 0; w < tile.pixels; ++w) buffer[w] = to_float(p[w]);
-    } else {
-      for (int64_t w = 0; w < tile.pixels; ++w)
-        for (int64_t c = 0; c < tile.channels; ++c)
-          buffer[w * tile.channels + c] = to_float(p[w * t.stride[3] + c * t.stride[1]]);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const auto* p = data + start + r * t.stride[2];
+      float* q = buffer + r * tile.pixels;
+      if (tile.channels == 1 && t.stride[3] == 1) {
+        for (int64_t w = 0; w < tile.pixels; ++w) q[w] = to_float(p[w]);
+      } else {
+        for (int64_t w = 0; w < tile.pixels; ++w)
+          for (int64_t c = 0; c < tile.channels; ++c)
+            q[w * tile.channels + c] = to_float(p[w * t.stride[3] + c * t.stride[1]]);
+      }
     }
   });
   return buffer;
@@ -151,14 +172,17 @@ SR3FAST_INLINE const float* gather(const Tensor& t, const Tile& tile, float* buf
 SR3FAST_INLINE void scatter(const float* buffer, const Tensor& t, const Tile& tile) {
   const int64_t start = t.offset(tile.b, tile.c, tile.h, tile.w);
   with_type(t, [&](auto* data) {
-    auto* p = data + start;
-    using T = std::remove_reference_t<decltype(*p)>;
-    if (tile.channels == 1 && t.stride[3] == 1) {
-      for (int64_t w = 0; w < tile.pixels; ++w) p[w] = from_float<T>(buffer[w]);
-    } else {
-      for (int64_t w = 0; w < tile.pixels; ++w)
-        for (int64_t c = 0; c < tile.channels; ++c)
-          p[w * t.stride[3] + c * t.stride[1]] = from_float<T>(buffer[w * tile.channels + c]);
+    using T = std::remove_reference_t<decltype(*data)>;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      T* p = data + start + r * t.stride[2];
+      const float* q = buffer + r * tile.pixels;
+      if (tile.channels == 1 && t.stride[3] == 1) {
+        for (int64_t w = 0; w < tile.pixels; ++w) p[w] = from_float<T>(q[w]);
+      } else {
+        for (int64_t w = 0; w < tile.pixels; ++w)
+          for (int64_t c = 0; c < tile.channels; ++c)
+            p[w * t.stride[3] + c * t.stride[1]] = from_float<T>(q[w * tile.channels + c]);
+      }
     }
   });
 }
@@ -188,12 +212,11 @@ void solver_step(Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Sc
     float z_buffer[kTile], f_buffer[kTile], copy[kTile];
     const bool draws = row.s != 0.0f && !z_data;
     if (draws) {
-      prefetch(y_data + tile_offset, tile.pixels);
-      if (eps_hat.dtype == Dtype::f32)
-        prefetch(static_cast<const float*>(eps_hat.data) + eps_hat.offset(tile.b, tile.c, tile.h, tile.w),
-                 tile.pixels);
-      if (out_data != y_data) prefetch(out_data + tile_offset, tile.pixels);
-      draw_tile(z_buffer, tile, seed.of(tile.b), kRefine, t, origin);
+      Ahead ahead{{y_data + tile_offset, nullptr, out_data == y_data ? nullptr : out_data + tile_offset}};
+      if (in_tile_order(eps_hat, tile))
+        ahead.stretch[1] =
+            static_cast<const float*>(eps_hat.data) + eps_hat.offset(tile.b, tile.c, tile.h, tile.w);
+      draw_tile(z_buffer, tile, seed.of(tile.b), kRefine, t, origin, ahead);
     }
     const float* f_tile = gather(eps_hat, tile, f_buffer);
     each_run(y, tile, tile_offset, [&](int64_t at, int64_t start, int64_t n) {
@@ -222,11 +245,19 @@ void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double
     if (eps) {
       z = gather(eps, tile, z_buffer);
     } else {
-      draw_tile(z_buffer, tile, seed.of(tile.b), kTrain, t, origin);
+      Ahead ahead;
+      const auto want = [&](int i, const Tensor& x) {
+        if (x && in_tile_order(x, tile))
+          ahead.stretch[i] = static_cast<const float*>(x.data) + x.offset(tile.b, tile.c, tile.h, tile.w);
+      };
+      want(0, y_0);
+      want(1, out);
+      want(2, eps_out);
+      draw_tile(z_buffer, tile, seed.of(tile.b), kTrain, t, origin, ahead);
       if (eps_out) scatter(z_buffer, eps_out, tile);
     }
     const float* y = gather(y_0, tile, y_buffer);
-    const int64_t n = tile.pixels * tile.channels;
+    const int64_t n = tile.numel();
     for (int64_t i = 0; i < n; ++i) y_t[i] = mix.signal * y[i] + mix.noise * z[i];
     scatter(y_t, out, tile);
     if (into) scatter(y_t, into, tile);
