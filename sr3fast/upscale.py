@@ -6,6 +6,7 @@ picture -> Photo -> x, padded -> Sampler over Tiled(f_theta) -> y_0, cut -> Phot
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -160,7 +161,9 @@ class Upscaler:
             callback = None
             if trace is not None and i == 0:
                 callback = trace.start(large, padded, self.model.target, len(self.sampler.table))
-            y_0 = self.sampler(padded, seed + i, callback=callback, progress=progress)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "x looks like")  # a bright picture has no negative values
+                y_0 = self.sampler(padded, seed + i, callback=callback, progress=progress)
             assert isinstance(y_0, Tensor)  # not Samples: samples= was not given
             y_0 = y_0[..., :height, :width]
             if self.consistency:

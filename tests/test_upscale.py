@@ -215,6 +215,11 @@ def test_icc_profile_is_kept():
     assert upscale(picture, model()).info["icc_profile"] == b"a profile"
 
 
+def test_a_bright_picture_is_no_cause_for_a_warning(recwarn):
+    upscale(Image.fromarray(np.asarray(blobs(8, 8)) // 4 + 180), model())
+    assert not recwarn.list
+
+
 def test_exif_orientation_of_a_file(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
