@@ -70,7 +70,7 @@ class Weights:
     def model(self) -> Model:
         from . import weights
 
-        if not self.weights.endswith((".pth", ".pt", ".ckpt")):
+        if not (Path(self.weights).is_file() or Path(f"{self.weights}_gen.pth").is_file()):
             if self.config is not None:
                 raise ValueError("--config is for Janspiry's checkpoints: these weights bring their own")
             return weights.load(self.weights)

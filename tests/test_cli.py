@@ -11,6 +11,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import janspiry_reference
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from PIL import Image
 
 from sr3fast import image, metrics, weights
 from sr3fast.__main__ import main, plan
+from sr3fast.compat import janspiry
 from sr3fast.schedule import Schedule
 from sr3fast.training import variational_bound
 from sr3fast.unet import UNet
@@ -267,6 +269,25 @@ def test_python_m_exits_with_the_code(here):
     command = [sys.executable, "-P", "-m", "sr3fast", "upscale", "missing.png", "--weights", "nowhere"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and result.stderr.startswith("sr3fast: ") and result.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_of_janspirys_code(here, capsys):
+    """The scale is in the config's name, as theirs are; without it, it is asked for."""
+    theirs = janspiry_reference.diffusion(T=50, end=0.3)
+    torch.save(theirs.state_dict(), "I1_E1_gen.pth")
+    Path("sr_4_16.json").write_text('{"norm_groups": 8} // as theirs have comments')
+    picture("photo.png")
+    options = ["upscale", "photo.png", "--steps", "2", "--device", "cpu", "--config", "sr_4_16.json"]
+    assert main([*options, "--weights", "I1_E1_gen.pth"]) == 0
+    unet, schedule = janspiry.load("I1_E1_gen.pth", config="sr_4_16.json")
+    expected = upscale("photo.png", weights.Model(unet, schedule, scale=4), steps=2, device="cpu")
+    assert np.array_equal(np.asarray(Image.open("photo-x4.png")), np.asarray(expected))
+    assert main([*options, "--weights", "I1_E1", "--out", "same.png"]) == 0
+    assert Path("same.png").read_bytes() == Path("photo-x4.png").read_bytes()
+    Path("sr_4_16.json").rename("mine.json")
+    capsys.readouterr()
+    assert main([*options[:-1], "mine.json", "--weights", "I1_E1", "--out", "x.png"]) == 2
+    assert "do not say how much they enlarge: give the scale" in capsys.readouterr().err
 
 
 # Bad input
