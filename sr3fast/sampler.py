@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
+from .engine import Engine, refusal
 from .image import resize
 from .schedule import Schedule
 from .solver import LEVELS, Table, default, rows
@@ -301,7 +302,7 @@ class Sampler:
     def _refine(
         self, inputs: _Inputs, callback: Callback | None = None, progress: bool = False
     ) -> Generator[tuple[int, Tensor], None, None]:
-        """Algorithm 2. y is the one tensor inputs.y, overwritten by each step."""
+        """Algorithm 2. y is one tensor, overwritten by each step; it ends in inputs.y."""
         x, y, seed, table, z = inputs.x, inputs.y, inputs.seed, inputs.table, inputs.z
         N = len(table)
         history = [torch.empty_like(y) for _ in range(table.depth)]  # m_{t+1}, m_{t+2}
@@ -309,25 +310,31 @@ class Sampler:
         with _evaluation(self.f_theta), _bar(N, progress) as bar:
             f_theta = self._network.start(x, y.shape, table.levels(self.level).to(y.device))
             f_theta.into.copy_(y)
+            whole = f_theta.loop(y, table.rows, seed) if z is None and hasattr(f_theta, "loop") else None
             for i, row in enumerate(table.rows.tolist()):
                 step = N - i
-                *_, C0, _, _, S = row
-                eps_hat = f_theta(i)
-                keep = C0 != 0 and table.depth > 0
-                m = history[-1] if keep else y_0_hat
-                ops.solver_step(
-                    y,
-                    eps_hat,
-                    row,
-                    seed,
-                    step,
-                    history=history,
-                    z=None if z is None or S == 0 else z(step),
-                    out=(y, m),
-                    into=f_theta.into,
-                )
-                if keep:
-                    history = [history[-1], *history[:-1]]
+                if whole is not None:  # all that follows, replayed as one CUDA graph
+                    y, m = whole(i)
+                else:
+                    *_, C0, _, _, S = row
+                    eps_hat = f_theta(i)
+                    keep = C0 != 0 and table.depth > 0
+                    m = history[-1] if keep else y_0_hat
+                    ops.solver_step(
+                        y,
+                        eps_hat,
+                        row,
+                        seed,
+                        step,
+                        history=history,
+                        z=None if z is None or S == 0 else z(step),
+                        out=(y, m),
+                        into=f_theta.into,
+                    )
+                    if keep:
+                        history = [history[-1], *history[:-1]]
+                if step == 1 and y is not inputs.y:
+                    inputs.y.copy_(y)
                 bar.update()
                 if callback is not None:
                     callback(step - 1, y.clone(), cast(Tensor, m).clone())
@@ -481,6 +488,8 @@ def network(f_theta: Any, dtype: torch.dtype | None = None, graph: bool | str = 
     """f_theta itself where it starts its runs, the engine for our UNet, the adapter for another callable."""
     if hasattr(f_theta, "start"):
         return f_theta
+    if refusal(f_theta) is None:
+        return Engine(f_theta, dtype, graph=graph)
     return _Adapter(f_theta, dtype, graph is True)
 
 
