@@ -53,6 +53,9 @@ class TrainConfig:
     data: Path  # folder of pictures, of hr/ and lr/, Janspiry's folders or LMDB, or a .npy [N, C, H, W]
     out: Path  # folder of the run: checkpoint.pt, model/, log.jsonl
     resume: bool = False  # go on from the checkpoint in `out`
+    # weights to begin with, a folder or Janspiry's _gen.pth (and the _opt.pth beside it): the network,
+    # schedule, target and level are then theirs, not those of the flags below
+    init: Path | None = None
     iterations: int = 100_000
     batch_size: int = 16  # of one rank and iteration, micro-batches included
     crop: int = 128  # side of a training crop, in pixels of the target
@@ -228,9 +231,7 @@ class Trainer:
             self.parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         if moments is not None:
-            names = [name for name, _ in self.unet.named_parameters()]
-            state = {i: moments[name] for i, name in enumerate(names)}
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+            self._set_moments(moments)
         # dropout differs from rank to rank, the network at the start does not
         torch.manual_seed(noise.signed64((config.seed << 32) + self.ranks.rank))
         f_theta: nn.Module = self.unet
@@ -244,6 +245,16 @@ class Trainer:
             if self.device.type != "cuda" or self.ranks.world > 1 or config.accumulate > 1:
                 raise ValueError("capture needs a CUDA device, one rank and accumulate=1")
             self.loss = Captured(self._loss, self.parameters)
+
+    def _set_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
+        state = {}
+        for i, (name, parameter) in enumerate(self.unet.named_parameters()):
+            given = moments[name]
+            state[i] = {"step": given["step"]}
+            for key in ("exp_avg", "exp_avg_sq"):
+                # the fused optimizer walks through memory: its state must have the parameter's strides
+                state[i][key] = torch.empty_like(parameter.detach()).copy_(given[key])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def step(self, micro_batches: Iterator[Any]) -> float:
         """One iteration: loss and gradient over the micro-batches, optimizer, EMA. Returns the loss of all

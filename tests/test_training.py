@@ -385,3 +385,36 @@ def test_bins_of_the_decoder_are_the_normal_distributions():
         assert torch.allclose(got, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
     every = torch.linspace(-1, 1, 256, dtype=torch.float64)
     assert training.log_bin(every, torch.full_like(every, 0.37), 0.2).exp().sum().item() == pytest.approx(1)
+
+
+# Janspiry's checkpoints as a start
+
+
+def test_janspirys_optimizer_goes_on_as_adam_would(photographs, tmp_path):
+    from sr3fast.compat import janspiry
+
+    torch.manual_seed(0)
+    model = training.fresh(config(photographs, tmp_path, dropout=0.0))
+    theirs = {f"denoise_fn.{janspiry._their_name(n, 'sr3')}": p for n, p in model.unet.named_parameters()}
+    order = sorted(theirs)  # another order than ours
+    adam = torch.optim.Adam([theirs[name] for name in order], lr=SMALL["lr"])
+    for parameter in theirs.values():
+        parameter.grad = torch.randn_like(parameter)
+    adam.step()
+    betas = model.schedule.betas.float()
+    torch.save({"betas": betas, **{n: theirs[n].detach() for n in order}}, tmp_path / "I1_E1_gen.pth")
+    opt = {"epoch": 1, "iter": 1, "scheduler": None, "optimizer": adam.state_dict()}
+    torch.save(opt, tmp_path / "I1_E1_opt.pth")
+
+    names = {"norm_groups": 4, "image_size": 16, "attn_res": [], "dropout": 0}
+    unet, schedule = janspiry.load(tmp_path / "I1_E1_gen.pth", names)
+    start = weights.Model(unet, schedule, scale=4)
+    trainer = Trainer(config(photographs, tmp_path), start, janspiry.moments(tmp_path / "I1_E1_gen.pth"))
+    gradients = {name: torch.randn_like(p) for name, p in trainer.unet.named_parameters()}
+    for (name, mine), original in zip(trainer.unet.named_parameters(), model.unet.parameters(), strict=True):
+        mine.grad, original.grad = gradients[name].clone(), gradients[name].clone()
+    trainer.optimizer.param_groups[0]["lr"] = SMALL["lr"]
+    trainer.optimizer.step()
+    adam.step()
+    for mine, original in zip(trainer.unet.parameters(), model.unet.parameters(), strict=True):
+        assert torch.allclose(mine, original, rtol=1e-6, atol=1e-7)

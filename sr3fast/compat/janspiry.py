@@ -28,7 +28,7 @@ from ..schedule import Schedule
 from ..unet import UNet
 from ..weights import Structure, build, matched
 
-__all__ = ["CONFIGS", "accelerate", "load"]
+__all__ = ["CONFIGS", "accelerate", "load", "moments"]
 
 REPOSITORY = "Janspiry's SR3 code"
 
@@ -199,6 +199,36 @@ def load(path: str | Path, config: Mapping[str, Any] | str | Path | None = None)
             f"{path} has no betas: pass as config= a config file of {REPOSITORY}, with its beta_schedule"
         )
     return unet, schedule
+
+
+def moments(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """Adam's state in the _opt.pth beside a _gen.pth, by our parameters' names, for `training.train`.
+
+    path: as for `load`. Each parameter has "step", "exp_avg", "exp_avg_sq". No pickled code is run.
+
+    Raises FileNotFoundError: no _opt.pth; ValueError: the state of another network.
+    """
+    network = _checkpoint(path)
+    file = network.with_name(network.name.removesuffix("_gen.pth") + "_opt.pth")
+    if not file.is_file():
+        raise FileNotFoundError(f"no optimizer state at {file}")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)["optimizer"]["state"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file} is not an optimizer's state of {REPOSITORY}: {why}") from error
+    # Adam numbers the parameters as the network lists them; the frequencies are a buffer
+    theirs = {name: t for name, t in _split(_read_state(network))[0].items() if name != FREQUENCIES}
+    if len(saved) != len(theirs):
+        raise ValueError(f"{file} has the state of {len(saved)} parameters, {network} has {len(theirs)}")
+    named = {}
+    for (name, tensor), state in zip(theirs.items(), (saved[i] for i in sorted(saved)), strict=True):
+        if state["exp_avg"].shape != tensor.shape:
+            shapes = f"{list(state['exp_avg'].shape)}, not {list(tensor.shape)}"
+            raise ValueError(f"{file} is of another network than {network}: {name} is {shapes}")
+        moment = {key: state[key].float() for key in ("exp_avg", "exp_avg_sq")}
+        named[_our_name(name) or name] = {"step": torch.as_tensor(float(state["step"])), **moment}
+    return named
 
 
 def _checkpoint(path: str | Path) -> Path:
