@@ -8,10 +8,7 @@
 namespace sr3fast::cuda {
 namespace {
 
-constexpr int kInFlight = 8;                   // 16-byte loads of a thread, moments in channels_last
-constexpr int64_t kBlockBytes = 64 * 1024;     // of a slice in a block's shared memory: two blocks a multiprocessor
-constexpr int64_t kLeastBytes = 4 * 1024;      // in each block of a cluster
-constexpr int64_t kChunkBytes = 30 << 20;      // in L2 between the two kernels, or half of L2 where that is less
+constexpr int kInFlight = 8;  // 16-byte loads of a thread, moments in channels_last
 
 struct Arguments {
   const void *h, *h2, *residual;
@@ -89,8 +86,8 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
   for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
     const uint32_t c = block.slice * a.cut.slice + column * V;
     uint32_t stride;
-    const T* h = pair.nhwc(a.sizes, block.b, c, stride);
-    const int64_t whole = (block.b * a.sizes.pixels) * a.sizes.channels + c;  // of a tensor with all channels
+    const T* h = pair.nhwc(a.sizes, block.b, begin, c, stride);
+    const int64_t whole = (block.b * a.sizes.pixels + begin) * a.sizes.channels + c;  // in a tensor with all channels
     float shift[V] = {};
     if (a.residual && a.shift) {
 #pragma unroll
@@ -102,13 +99,13 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
       const int n = static_cast<int>(min(static_cast<uint32_t>(kInFlight), (length - p - 1) / columns.rows + 1));
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k)
-        if (k < n) x[k] = Elements::load_constant(h + static_cast<int64_t>(begin + p + k * columns.rows) * stride);
+        if (k < n) x[k] = Elements::load_constant(h + static_cast<int64_t>(p + k * columns.rows) * stride);
       if (a.residual) {
         const T* residual = static_cast<const T*>(a.residual) + whole;
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
           if (k >= n) continue;
-          const int64_t at = static_cast<int64_t>(begin + p + k * columns.rows) * a.sizes.channels;
+          const int64_t at = static_cast<int64_t>(p + k * columns.rows) * a.sizes.channels;
           add_residual(a, x[k], Elements::load_constant(residual + at), shift, whole + at);
         }
       }
@@ -178,8 +175,7 @@ __device__ __forceinline__ void nhwc_apply(const Arguments& a, const Block& bloc
       source = static_cast<const T*>(a.s) + whole;
       stride = a.sizes.channels;
     } else {
-      source = pair.nhwc(a.sizes, block.b, c, stride);
-      source += static_cast<int64_t>(begin) * stride;
+      source = pair.nhwc(a.sizes, block.b, begin, c, stride);
     }
     constexpr int kAtOnce = 4;
     for (uint32_t p = columns.row; p < length; p += kAtOnce * columns.rows) {
@@ -391,94 +387,49 @@ __global__ void __launch_bounds__(kThreads, 4) apply_kernel(const Arguments a) {
 
 // ---- how the work is cut
 
-int64_t lay_out(Arguments& a, int vector, int element_bytes, bool nhwc, bool keep) {
-  Layout layout;
-  const uint32_t groups = a.cut.slice / a.sizes.width;
-  const int64_t unit = nhwc ? int64_t{a.cut.slice} * element_bytes : int64_t{vector} * element_bytes;
-  const uint32_t columns = nhwc ? a.cut.slice / vector : 1, rows = columns < kThreads ? kThreads / columns : 1;
-  if (keep) a.data = layout.add(a.cut.size * unit);
-  a.partial = layout.add(nhwc ? int64_t{rows} * a.cut.slice * sizeof(float2) : 2 * kWarps * sizeof(float));
-  a.parameters = layout.add(int64_t{3} * a.cut.slice * sizeof(float));
-  if (keep) a.received = layout.add(int64_t{a.cut.parts} * groups * sizeof(float2));
-  a.stat = layout.add(groups * sizeof(float2));
-  return layout.bytes;
-}
-
-Cut cut_into(const Sizes& s, uint32_t slice, int64_t parts, int vector, bool nhwc) {
-  Cut cut{};
-  cut.slice = slice;
-  cut.slices = s.channels / slice;
-  cut.total = nhwc ? s.pixels : s.width * (s.pixels / vector);
-  cut.size = static_cast<uint32_t>(ceil_divide(cut.total, parts));
-  cut.parts = static_cast<uint32_t>(ceil_divide(cut.total, cut.size));
-  return cut;
-}
-
-// Slice and cluster for the one kernel; parts = 0 where a slice does not fit.
-Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, bool nhwc, int widest, int processors) {
-  const uint32_t narrowest = nhwc ? narrowest_slice(s.channels, s.width, vector, element_bytes) : s.width;
-  Cut best{};
-  int64_t best_blocks = 0;
-  const int64_t enough = 2 * processors;
-  for (int cluster = 1; cluster <= widest; cluster *= 2) {
-    // the widest first: longer runs of memory
-    for (uint32_t slice = nhwc ? s.channels : s.width; slice >= narrowest; slice -= narrowest) {
-      if (s.channels % slice != 0 || slice % s.width != 0) continue;
-      const Cut cut = cut_into(s, slice, cluster, vector, nhwc);
-      const int64_t bytes = int64_t{cut.size} * (nhwc ? slice : vector) * element_bytes;
-      const bool even = cut.parts == static_cast<uint32_t>(cluster);
-      if (!even || bytes > kBlockBytes || (cluster > 1 && bytes < kLeastBytes)) continue;
-      const int64_t blocks = batch * cut.slices * cut.parts;
-      if (blocks > best_blocks) {
-        best = cut;
-        best_blocks = blocks;
-      }
-      if (best_blocks >= enough) return best;
-    }
-  }
-  return best;
-}
-
-Cut chunk_cut(const Sizes& s, int vector, int element_bytes, bool nhwc) {
-  uint32_t slice = s.width;
-  if (nhwc) {
-    const uint32_t narrowest = narrowest_slice(s.channels, s.width, vector, element_bytes);
-    slice = s.channels;
-    for (uint32_t i = narrowest; i < s.channels; i += narrowest)
-      if (s.channels % i == 0 && i % s.width == 0 && i / vector <= 64) slice = i;
-    if (s.channels / vector <= 64) slice = s.channels;
-  }
-  const int64_t bytes = int64_t{slice} * s.pixels * element_bytes;
-  const int64_t parts = ceil_divide(bytes, kBlockBytes), most = most_parts(s.pixels);
-  return cut_into(s, slice, parts < most ? parts : most, vector, nhwc);
-}
-
 template <class T, int V, bool nhwc>
-void run(const char* op, Arguments a, int64_t batch, const Exec& exec) {
-  const int processors = attribute(cudaDevAttrMultiProcessorCount, exec.device);
-  const int widest = widest_cluster(one_kernel<T, V, nhwc>, kThreads, kBlockBytes + 32 * 1024, exec.device);
-  a.cut = cluster_cut(a.sizes, batch, V, sizeof(T), nhwc, widest, processors);
-  if (a.cut.parts > 0) {
-    const int64_t shared = lay_out(a, V, sizeof(T), nhwc, true);
-    if (shared <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) {
+struct Plan {
+  const Sizes& s;
+
+  // vectors of a group, or pixels; bytes of each
+  uint32_t total() const { return nhwc ? s.pixels : s.width * (s.pixels / V); }
+  int64_t bytes(uint32_t slice) const { return int64_t{nhwc ? slice : V} * sizeof(T); }
+
+  static int64_t lay_out(Arguments& a, bool one) {
+    Layout layout;
+    const uint32_t slice = a.cut.slice, groups = slice / a.sizes.width;
+    if (one) a.data = layout.add(a.cut.size * Plan{a.sizes}.bytes(slice));
+    a.partial = layout.add(nhwc ? int64_t{Columns<V>::rows_of(slice)} * slice * sizeof(float2)
+                                : 2 * kWarps * sizeof(float));
+    a.parameters = layout.add(int64_t{3} * slice * sizeof(float));
+    if (one) a.received = layout.add(int64_t{a.cut.parts} * groups * sizeof(float2));
+    a.stat = layout.add(groups * sizeof(float2));
+    return layout.bytes;
+  }
+
+  static void run(const char* op, Arguments a, int64_t batch, const Exec& exec) {
+    const Plan plan{a.sizes};
+    const auto bytes = [&](uint32_t slice) { return plan.bytes(slice); };
+    a.cut = cluster_cut<nhwc>(a.sizes, batch, V, sizeof(T), plan.total(), bytes,
+                              widest_cluster(one_kernel<T, V, nhwc>, kThreads, kMostShared, exec.device), exec.device);
+    if (a.cut.parts > 0) {
+      const int64_t shared = lay_out(a, true);
       launch(op, one_kernel<T, V, nhwc>,
              {batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts), exec.stream}, a);
       return;
     }
+    check_scratch(op, exec);
+    a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(), bytes);
+    const int64_t shared = lay_out(a, false);
+    each_chunk(batch, int64_t{a.sizes.channels} * a.sizes.pixels * sizeof(T), exec.device,
+               [&](int64_t first, int64_t samples) {
+                 a.first_sample = first;
+                 const Launch blocks{samples * a.cut.slices * a.cut.parts, kThreads, shared, 1, exec.stream};
+                 launch(op, moments_kernel<T, V, nhwc>, blocks, a);
+                 launch(op, apply_kernel<T, V, nhwc>, blocks, a);
+               });
   }
-  if (!a.scratch) throw std::runtime_error(std::string(op) + ": scratch memory is missing (scratch_bytes)");
-  a.cut = chunk_cut(a.sizes, V, sizeof(T), nhwc);
-  const int64_t shared = lay_out(a, V, sizeof(T), nhwc, false);
-  const int64_t sample = int64_t{a.sizes.channels} * a.sizes.pixels * sizeof(T);
-  const int64_t half_l2 = attribute(cudaDevAttrL2CacheSize, exec.device) / 2;
-  const int64_t fits = (half_l2 < kChunkBytes ? half_l2 : kChunkBytes) / sample, chunk = fits < 1 ? 1 : fits;
-  for (a.first_sample = 0; a.first_sample < batch; a.first_sample += chunk) {
-    const int64_t samples = batch - a.first_sample < chunk ? batch - a.first_sample : chunk;
-    const Launch blocks{samples * a.cut.slices * a.cut.parts, kThreads, shared, 1, exec.stream};
-    launch(op, moments_kernel<T, V, nhwc>, blocks, a);
-    launch(op, apply_kernel<T, V, nhwc>, blocks, a);
-  }
-}
+};
 
 }  // namespace
 
@@ -495,9 +446,9 @@ void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm&
                 Sizes(norm, vectors ? V : 1), {}, 0, 0, 0, 0, 0, 0};
     const int64_t batch = norm.h.size[0];
     if (norm.h.channels_last())
-      vectors ? run<T, V, true>(op, a, batch, exec) : run<T, 1, true>(op, a, batch, exec);
+      vectors ? Plan<T, V, true>::run(op, a, batch, exec) : Plan<T, 1, true>::run(op, a, batch, exec);
     else
-      vectors ? run<T, V, false>(op, a, batch, exec) : run<T, 1, false>(op, a, batch, exec);
+      vectors ? Plan<T, V, false>::run(op, a, batch, exec) : Plan<T, 1, false>::run(op, a, batch, exec);
   });
 }
 

@@ -5,6 +5,9 @@
 // decide, so results are deterministic.
 #pragma once
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "../common/divide.h"
 #include "device.h"
 #include "vec.cuh"
@@ -50,19 +53,21 @@ struct Sizes {
         by_row(pixels / elements) {}
 };
 
-// h or h2, whichever has the channel: element `within` (of H W in NCHW, pixel times channels in channels_last).
+// h or h2, whichever has the channel.
 template <class T>
 struct Pair {
   const T *h, *h2;
 
+  // the channel's first element
   __device__ __forceinline__ const T* nchw(const Sizes& s, int64_t b, uint32_t c) const {
     if (c < s.first) return h + (b * s.first + c) * s.pixels;
     return h2 + (b * (s.channels - s.first) + (c - s.first)) * s.pixels;
   }
-  // and the channels between two pixels
-  __device__ __forceinline__ const T* nhwc(const Sizes& s, int64_t b, uint32_t c, uint32_t& stride) const {
+  // channel c of a pixel, and the elements from one pixel to the next
+  __device__ __forceinline__ const T* nhwc(const Sizes& s, int64_t b, uint32_t pixel, uint32_t c,
+                                           uint32_t& stride) const {
     stride = c < s.first ? s.first : s.channels - s.first;
-    return (c < s.first ? h + c : h2 + (c - s.first)) + b * s.pixels * stride;
+    return (c < s.first ? h + c : h2 + (c - s.first)) + (b * s.pixels + pixel) * stride;
   }
 };
 
@@ -192,18 +197,81 @@ inline bool vectors_fit(const Norm& norm, std::initializer_list<const void*> oth
   return fit;
 }
 
-// Channels of the narrowest slice that is whole groups, whole vectors and whole 32-byte sectors; C where none divides C.
-inline uint32_t narrowest_slice(uint32_t channels, uint32_t width, int vector, int element_bytes) {
-  const uint32_t least = vector > 1 ? 32 / element_bytes : 1;
-  for (uint32_t slice = width; slice < channels; slice += width)
-    if (slice % least == 0 && channels % slice == 0) return slice;
-  return channels;
-}
+constexpr int64_t kBlockBytes = 64 * 1024;   // kept in a block's shared memory: two blocks a multiprocessor
+constexpr int64_t kLeastBytes = 4 * 1024;    // in each block of a cluster
+constexpr int64_t kMostShared = 110 * 1024;  // of such a block in all, for two blocks a multiprocessor
+constexpr int64_t kChunkBytes = 30 << 20;    // in L2 from one kernel to the next, or half of L2 where that is less
 
 // Most parts of a slice, for the size of the scratch memory.
 constexpr int64_t most_parts(int64_t pixels) {
   const int64_t parts = ceil_divide(pixels, 256);
   return parts < 256 ? parts : 256;
+}
+
+inline Cut cut_into(uint32_t channels, uint32_t slice, uint32_t total, int64_t parts) {
+  Cut cut{};
+  cut.slice = slice;
+  cut.slices = channels / slice;
+  cut.total = total;
+  cut.size = static_cast<uint32_t>(ceil_divide(total, parts));
+  cut.parts = static_cast<uint32_t>(ceil_divide(total, cut.size));
+  return cut;
+}
+
+// Whether a channels_last slice is whole groups, whole runs of `run` channels and a whole part of the channels.
+inline bool slice_fits(const Sizes& s, uint32_t slice, uint32_t run) {
+  return slice == s.channels || (slice % s.width == 0 && slice % run == 0 && s.channels % slice == 0);
+}
+
+// Slice and cluster where one kernel does the work: a slice of `total` pixels or vectors, bytes(slice) in each, in the
+// shared memory of a cluster's blocks. The smallest cluster and widest slice that fill the device, or as many blocks as
+// there can be. parts = 0 where a slice does not fit.
+template <bool nhwc, class Bytes>
+Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, uint32_t total, Bytes&& bytes, int widest,
+                int device) {
+  const int64_t enough = 2 * attribute(cudaDevAttrMultiProcessorCount, device);
+  Cut best{};
+  int64_t best_blocks = 0;
+  // whole 32-byte sectors of memory for each block, or at least whole vectors
+  for (const uint32_t run : {static_cast<uint32_t>(vector > 1 ? 32 / element_bytes : 1), static_cast<uint32_t>(vector)}) {
+    for (int64_t cluster = 1; cluster <= widest && best_blocks < enough; cluster *= 2) {
+      for (uint32_t slices = 1; slices <= s.groups && best_blocks < enough; ++slices) {
+        const uint32_t slice = s.channels / slices;
+        if (s.channels % slices != 0 || !(nhwc ? slice_fits(s, slice, run) : slice == s.width)) continue;
+        const Cut cut = cut_into(s.channels, slice, total, cluster);
+        const int64_t kept = cut.size * bytes(slice), blocks = batch * cut.slices * cut.parts;
+        if (cut.parts != cluster || kept > kBlockBytes || (cluster > 1 && kept < kLeastBytes)) continue;
+        if (blocks <= best_blocks) continue;
+        best = cut;
+        best_blocks = blocks;
+      }
+    }
+    if (best_blocks > 0) break;
+  }
+  return best;
+}
+
+// Slice and parts where two kernels do, a slice of at most 64 vectors, some kBlockBytes a block.
+template <bool nhwc, class Bytes>
+Cut chunk_cut(const Sizes& s, int vector, int element_bytes, uint32_t total, Bytes&& bytes) {
+  uint32_t slice = nhwc ? s.channels : s.width;
+  const uint32_t run = vector > 1 ? 32 / element_bytes : 1;
+  for (uint32_t slices = 2; nhwc && slice > 64u * vector && slices <= s.groups; ++slices)
+    if (s.channels % slices == 0 && slice_fits(s, s.channels / slices, run)) slice = s.channels / slices;
+  const int64_t parts = ceil_divide(total * bytes(slice), kBlockBytes), most = most_parts(s.pixels);
+  return cut_into(s.channels, slice, total, parts < most ? parts : most);
+}
+
+// f(first sample, samples) for as many at a time as two kernels leave in the L2 cache.
+template <class F>
+void each_chunk(int64_t batch, int64_t sample_bytes, int device, F&& f) {
+  const int64_t half = attribute(cudaDevAttrL2CacheSize, device) / 2;
+  const int64_t fit = (half < kChunkBytes ? half : kChunkBytes) / sample_bytes, chunk = fit < 1 ? 1 : fit;
+  for (int64_t first = 0; first < batch; first += chunk) f(first, batch - first < chunk ? batch - first : chunk);
+}
+
+inline void check_scratch(const char* op, const Exec& exec) {
+  if (!exec.scratch) throw std::runtime_error(std::string(op) + ": Exec::scratch must point to scratch_bytes()");
 }
 
 // Floats of scratch memory for a channel of a sample: the backward's three sums for each part, and two in all. The
