@@ -424,12 +424,30 @@ def _train() -> tuple[type, Callable[[Any], Any]]:
 
     def run(config: TrainConfig) -> int:
         try:
-            train(config)
+            train(config, *_begin(config.init, config.scale))
         except TrainingError as error:
             raise ValueError(str(error)) from error
         return 0
 
     return TrainConfig, run
+
+
+def _begin(path: Path | None, scale: float) -> tuple[Any, Any]:
+    """The model, and Adam's state where there is one, that --init names."""
+    if path is None:
+        return None, None
+    from . import weights
+    from .compat import janspiry
+
+    if path.is_dir() or str(path) in weights.shipped():
+        return weights.load(path), None
+    unet, schedule = janspiry.load(path)
+    level = "t" if unet.variant == "ddpm" else "sqrt_gamma"
+    try:
+        moments = janspiry.moments(path)
+    except FileNotFoundError:
+        moments = None
+    return weights.Model(unet, schedule, scale=scale, level=level), moments
 
 
 COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable[[Any], Any]]]]] = {
