@@ -86,10 +86,10 @@ def step_kernel(
 
     if z_ptr is None and s != 0.0:
         seed = seed_of(b, seed_ptr, seed_low, seed_high, PER_SAMPLE)
-        zs = normals(seed, REFINE, step, c, h, w4, h0, w4_0, K)
+        drawn = normals(seed, REFINE, step, c, h, w4, h0, w4_0, K)
         noisy = ()
         for k in tl.static_range(K):
-            noisy = noisy + (xs[k] + s * zs[k],)
+            noisy = noisy + (xs[k] + s * drawn[k],)
         store(out_ptr, noisy, offsets, masks, K)
         if into_ptr is not None:
             store(into_ptr, noisy, into_offsets, masks, K)
