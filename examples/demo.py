@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sr3fast import image, metrics
-from sr3fast.upscale import Trace, Upscaler, beside
+from sr3fast.upscaling import Trace, Upscaler, beside
 
 PHOTOGRAPH = Path(__file__).parent / "chelsea.png"
 DETAIL = (130, 90, 290, 250)

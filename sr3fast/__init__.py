@@ -13,7 +13,7 @@ _PUBLIC = {
     "Schedule": "schedule",
     "UNet": "unet",
     "load": "weights",
-    "upscale": "upscale",
+    "upscale": "upscaling",
 }
 __all__ = [*_PUBLIC, "ops"]  # noqa: PLE0604
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from .sampler import Sampler
     from .schedule import Schedule
     from .unet import UNet
-    from .upscale import upscale
+    from .upscaling import upscale
     from .weights import load
 
 
 def __getattr__(name: str):
     if name in _PUBLIC:
         value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-        globals()[name] = value  # over the submodule of the same name, as for `upscale`
+        globals()[name] = value
         return value
     if name == "ops":
         return importlib.import_module(".ops", __name__)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .image import Photo
-    from .upscale import Upscaler
+    from .upscaling import Upscaler
     from .weights import Model
 
 BAD_INPUT = 2  # exit code, the same as for options that do not parse
@@ -53,7 +53,7 @@ class Weights:
     def open(self) -> Upscaler:
         import torch
 
-        from .upscale import Upscaler
+        from .upscaling import Upscaler
 
         return Upscaler(
             self.model(),
@@ -147,7 +147,7 @@ def upscale(options: Upscale) -> int:
 def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -> None:
     """One picture; `result`, or the mean of samples, is written last: where it is, all is."""
     from . import image
-    from .upscale import Spread, Trace
+    from .upscaling import Spread, Trace
 
     picture = _read(source)
     upscaler.check(picture.size)

@@ -23,7 +23,7 @@ from sr3fast.compat import janspiry
 from sr3fast.schedule import Schedule
 from sr3fast.training import variational_bound
 from sr3fast.unet import UNet
-from sr3fast.upscale import upscale
+from sr3fast.upscaling import upscale
 
 STEPS = 2
 

@@ -14,7 +14,7 @@ from sr3fast import image
 from sr3fast.sampler import Sampler
 from sr3fast.schedule import Schedule
 from sr3fast.unet import UNet
-from sr3fast.upscale import Spread, Tiled, Trace, Upscaler, upscale, windows
+from sr3fast.upscaling import Spread, Tiled, Trace, Upscaler, upscale, windows
 from sr3fast.weights import Model, Target
 
 SCHEDULE = Schedule.named("linear", T=200, start=1e-4, end=5e-2)
