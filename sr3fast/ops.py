@@ -162,7 +162,10 @@ def solver_step(
         if len(row) != 9:
             raise ValueError(f"a row is (recip, ratio, clip, A, B, C0, C1, C2, S), nine numbers: got {len(row)}")
         values = row
-        row = torch.tensor(row, dtype=torch.float32)
+        if torch.compiler.is_compiling():
+            row = torch.stack([_number(v) for v in row]).float()
+        else:
+            row = torch.tensor(row, dtype=torch.float32)
     elif row.shape != (9,) or row.dtype != torch.float32:
         raise ValueError(f"a row tensor must be float32 [9]: got {row.dtype} {tuple(row.shape)}")
     else:
@@ -419,13 +422,20 @@ def _readable(t: Tensor) -> bool:
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _number(value: float) -> Tensor:
+    """A number as a float64 tensor on the host."""
+    if torch.compiler.is_compiling():  # where the other would compile anew for every other float
+        return torch.ones((), dtype=torch.float64) * value
+    return torch.scalar_tensor(value, dtype=torch.float64)
+
+
 def _scalar64(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number: got a tensor {tuple(value.shape)}")
         _check_scalar_device(name, value, device)
         return value.detach().to(torch.float64).view(())
-    return torch.scalar_tensor(value, dtype=torch.float64)
+    return _number(value)
 
 
 def _alpha_gamma(alpha: float | Tensor, gamma: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -450,7 +460,7 @@ def _gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
     if not isinstance(gamma, Tensor):
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1]: got {gamma}")
-        return torch.scalar_tensor(gamma, dtype=torch.float64)
+        return _number(gamma)
     if not gamma.is_floating_point():
         raise TypeError(f"gamma must be floating point: got {gamma.dtype}")
     if gamma.numel() != 1 and gamma.shape != (y.shape[0],):
