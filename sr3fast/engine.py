@@ -602,6 +602,7 @@ class _Captured(_Run):
 
     @torch.no_grad()
     def __call__(self, i: int) -> Tensor:
+        self.graph.prepare("network")
         self.graph.counter.fill_(i)
         self.graph.replay("network")
         return self.graph.eps_hat
@@ -682,12 +683,12 @@ class _Graph:
         self.step.sub_(1)
 
     def prepare(self, name: str) -> None:
+        """Capture it if that is still to be done; this leaves `counter`, `step` and the state anywhere."""
         if name not in self.graphs:
             with _plain(self.network.device):
                 self.graphs[name] = self.engine._capture(self.bodies[name], self.reset)
 
     def replay(self, name: str) -> None:
-        self.prepare(name)
         with self.engine._turn():
             self.graphs[name].replay()
 
