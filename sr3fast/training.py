@@ -53,65 +53,60 @@ class TrainConfig:
     data: Path  # folder of pictures, of hr/ and lr/, Janspiry's folders or LMDB, or a .npy [N, C, H, W]
     out: Path  # folder of the run: checkpoint.pt, model/, log.jsonl
     resume: bool = False  # go on from the checkpoint in `out`
-    # weights to begin with, a folder or Janspiry's _gen.pth (and the _opt.pth beside it): the network,
-    # schedule, target and level are then theirs, not those of the flags below
-    init: Path | None = None
-    iterations: int = 100_000
+    init: Path | None = (
+        None  # weights to begin with (their network and task): a folder, or Janspiry's _gen.pth
+    )
+    iterations: int = 100_000  # optimizer steps in all, those before --resume included
     batch_size: int = 16  # of one rank and iteration, micro-batches included
-    crop: int = 128  # side of a training crop, in pixels of the target
-    scale: float = 4.0
-    lr: float = 1e-4
-    seed: int = 0
+    crop: int = 64  # side of a training crop, in pixels of the target
+    scale: float = 4.0  # how many times smaller the source is
+    lr: float = 1e-4  # learning rate at its highest
+    seed: int = 0  # of weights, order, augmentation, noise
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    save_every: int = 1000
+    save_every: int = 1000  # iterations between checkpoints
 
-    # the network
-    channels: int = 64
-    multipliers: tuple[int, ...] = (1, 2, 4, 8, 8)
-    blocks: int = 2
-    attention: tuple[int, ...] = (16,)
-    groups: int = 32
-    dropout: float = 0.2
-    image_channels: int = 3
-    variant: str = "sr3"  # sr3: conditioned on a continuous noise level; ddpm: on an integer t
+    channels: int = 32  # network: width of the first level (SR3's: 64)
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # network: of the width, a level (SR3's 16 -> 128: 1 2 4 8 8)
+    blocks: int = 2  # network: residual blocks a level
+    attention: tuple[int, ...] = ()  # network: resolutions with attention, counted from the crop's side
+    groups: int = 8  # network: of the norms (SR3's: 32)
+    dropout: float = 0.0  # network (SR3's 16 -> 128: 0.2)
+    image_channels: int = 3  # network: of the pictures
+    variant: str = "sr3"  # network: sr3, told a continuous noise level; ddpm, an integer t
 
-    # the task
-    target: str = "image"  # image: SR3's own; residual: k (image - x), SRDiff's
-    k: float = 1.0
-    clip: float = 1.0
-    schedule: str = "linear"
-    T: int = 2000
-    beta_start: float = 1e-6
-    beta_end: float = 1e-2
+    target: str = "image"  # what y_0 is: image, SR3's own; residual, clip(k (image - x)), SRDiff's
+    k: float = 1.0  # of a residual
+    clip: float = 1.0  # bound on a residual
+    schedule: str = "linear"  # of beta: linear, quad, warmup10, warmup50, const, cosine
+    T: int = 2000  # steps of the schedule
+    beta_start: float = 1e-6  # the first beta
+    beta_end: float = 1e-2  # the last beta
     level: str = "sqrt_gamma"  # what the network is told: sqrt_gamma, gamma, or t (variant ddpm)
     p_gamma: str = "gamma"  # uniform between its neighbours in gamma (the paper) or sqrt_gamma (Janspiry)
     t_per: str = "sample"  # sample, or batch: one t for the whole batch, as Janspiry's code
-    p: int = 2  # of the loss |eps_hat - eps|^p
+    p: int = 2  # of the loss |eps_hat - eps|^p: 1 or 2
 
-    # the optimizer
     optimizer: str = "adam"  # adam or adamw
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0  # of the optimizer
+    betas: tuple[float, float] = (0.9, 0.999)  # of the optimizer
     warmup: int = 1000  # iterations over which lr rises linearly
     cooldown: int = 0  # last iterations, over which lr falls linearly to 0
     accumulate: int = 1  # micro-batches an iteration
     max_norm: float = 1.0  # of the gradient; 0: no clipping
     ema: float = 0.9999  # decay at most; (1 + i) / (10 + i) while that is less
-    bf16: bool = True  # autocast; parameters, norms' statistics and the loss stay float32
+    bf16: bool = True  # autocast; parameters, statistics of norms and the loss stay float32
 
-    # the machine
     augment: str = "flip"  # none, flip, dihedral
-    workers: int = 0
+    workers: int = 0  # processes that load data
     threads: int = 0  # of torch on the CPU; 0: its own choice
     compile: bool = False  # torch.compile the network
     capture: bool = False  # CUDA: forward and backward as one graph
 
-    # while it runs
-    log_every: int = 50
+    log_every: int = 50  # iterations
     validation: Path | None = None  # data that is not trained on
-    validate_every: int = 5000
-    validation_steps: int = 10
-    tensorboard: bool = False
+    validate_every: int = 5000  # iterations
+    validation_steps: int = 10  # of the sampler
+    tensorboard: bool = False  # write scalars and samples to out/tensorboard
 
     def __post_init__(self) -> None:
         for name in (
