@@ -191,7 +191,7 @@ def normalise_kernel(
         x = x + per_channel(shift_ptr, b * C_ALL + c, real)[:, None]
     x = (x - per_channel(mean_ptr, group, real)[:, None]) * scale[:, None] + per_channel(bias_ptr, c, real)[:, None]
     if SILU:
-        x = x * sigmoid(x)
+        x = x / (1.0 + tl.exp(x * -1.0))
     if PAIR:
         corner, offsets = addresses(b, block, chunk, first, C_ALL, N, CB, PB, PLANAR)
     tl.store(out_ptr + corner + offsets, cast(x, out_ptr.dtype.element_ty), mask=mask)
