@@ -83,18 +83,23 @@ SR3FAST_INLINE Moments moments_of(const T* p, int64_t n) {
       for (int u = 0; u < kUnroll; ++u) sums[u] += load(q + i + u * kLanes);
     for (int64_t i = whole; i < count; i += kLanes) sums[0] += load_some(q + i, count - i, 0.0f);
     const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(count);
-    Floats squares[kUnroll] = {};
+    // the rounding of that sum puts the mean off; the distances from it say by how much
+    Floats squares[kUnroll] = {}, rest[kUnroll] = {};
     for (int64_t i = 0; i < whole; i += kUnroll * kLanes)
       for (int u = 0; u < kUnroll; ++u) {
         const Floats d = load(q + i + u * kLanes) - mean;
+        rest[u] += d;
         squares[u] += d * d;
       }
     for (int64_t i = whole; i < count; i += kLanes) {
       const Floats d = load_some(q + i, count - i, mean) - mean;
+      rest[0] += d;
       squares[0] += d * d;
     }
-    total.merge(
-        {static_cast<float>(count), mean, sum((squares[0] + squares[1]) + (squares[2] + squares[3]))});
+    const float n_block = static_cast<float>(count);
+    const float off = sum((rest[0] + rest[1]) + (rest[2] + rest[3])) / n_block;
+    const float m2 = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) - n_block * off * off;
+    total.merge({n_block, mean + off, m2 < 0.0f ? 0.0f : m2});
   }
   return total;
 }
