@@ -45,8 +45,8 @@ class Form:
     noise_table       the noise embeddings and their projections are computed once for all levels
     no_cat            norms read a pair of tensors, a 1x1 convolution of a cat is two
     fused_residual    the residual sum is part of a convolution (CPU, 1x1) or of the next norm (CUDA)
-    upsample          nearest neighbour + 3x3 as one transposed 4x4 of stride 2: 4/9 of the products
     prepacked         CPU: weights in the blocked layout that oneDNN wants for this shape
+    upsample          nearest neighbour + 3x3 as one transposed 4x4 of stride 2: 4/9 of the products
     padded_channels   CUDA: input and output channels are a multiple of 8, for the tensor cores
     """
 
@@ -56,8 +56,8 @@ class Form:
     noise_table: bool = True
     no_cat: bool = True
     fused_residual: bool = True
-    upsample: bool = True
     prepacked: bool = True
+    upsample: bool = True
     padded_channels: bool = True
 
     @classmethod
@@ -129,7 +129,8 @@ class _Product(_Conv):
     """A 1x1 convolution as a matrix product that accumulates."""
 
     def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False) -> Tensor:
-        if onto is None or not owned or self.bias is not None:
+        in_place = owned and self.bias is None
+        if onto is None or not in_place or not onto.is_contiguous(memory_format=torch.channels_last):
             return super().__call__(h, onto, owned)
         rows = _positions(onto)
         rows.addmm_(_positions(h), self.weight.flatten(1).t())

@@ -1,0 +1,90 @@
+"""A sampling step of the 97.8 M network against others' and PyTorch's own: pytest benchmarks -k sampling.
+
+Every implementation is timed in turn in each round, so the ratios come from one machine in one state. What
+does not agree with the plain float32 network is not timed. The times of whole images are steps times the
+step's time: extrapolated, since every step does the same work.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from sampling import check_agreement, interleaved, network, variants
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+SHAPES = [(1, 128), (8, 128), (64, 128), (1, 512)] if CUDA else [(1, 128)]
+NAMES = [
+    "eager float32",
+    "eager bfloat16, channels_last",
+    "torch.compile default, bfloat16",
+    "torch.compile max-autotune, bfloat16",
+    "diffusers float32",
+    "diffusers bfloat16",
+    "sr3fast float32",
+    "sr3fast bfloat16",
+]
+
+
+class Measured:
+    """One shape: every implementation's run, median seconds a step, peak memory."""
+
+    def __init__(self, batch: int, size: int):
+        unet = network(DEVICE)
+        x = torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1
+        self.errors = check_agreement(unet, x[:1])
+        self.runs, self.memory = {}, {}
+        for name, start in variants(unet, x).items():
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            self.runs[name] = start()
+            next(self.runs[name])
+            if CUDA:
+                self.memory[name] = torch.cuda.max_memory_allocated()
+        self.seconds = interleaved(self.runs, rounds=7, steps=10 if CUDA else 1)
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"batch {shape[0]}, {shape[1]}^2")
+def measured(request):
+    result = Measured(*request.param)
+    result.batch, result.size = request.param
+    yield result
+    result.runs.clear()
+    gc.collect()
+    lines = [f"\na sampling step, batch {result.batch}, {result.size} x {result.size}, {DEVICE}"]
+    eager = result.seconds["eager float32"]
+    for name in sorted(result.seconds, key=result.seconds.get, reverse=True):
+        t = result.seconds[name]
+        lines.append(f"  {name:38}{t * 1e3:9.2f} ms{eager / t:8.2f}x")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n".join(lines))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sampling(benchmark, measured, name):
+    if name not in measured.runs:
+        pytest.skip("not installed, or asked for with SR3FAST_BENCH_COMPILE=1 on a CPU")
+    seconds, eager = measured.seconds[name], measured.seconds["eager float32"]
+    run = measured.runs[name]
+
+    def step():
+        next(run)
+        if CUDA:
+            torch.cuda.synchronize()
+
+    benchmark.group = f"a sampling step, batch {measured.batch}, {measured.size} x {measured.size}"
+    benchmark.extra_info.update(
+        batch=measured.batch,
+        size=measured.size,
+        device=DEVICE,
+        interleaved_median_seconds=seconds,
+        times_faster_than_eager=eager / seconds,
+        seconds_per_image={steps: seconds * steps / measured.batch for steps in (2000, 100, 25)},
+        images_per_second={steps: measured.batch / (seconds * steps) for steps in (2000, 100, 25)},
+        peak_memory_bytes=measured.memory.get(name),
+        relative_error=measured.errors.get(name.removeprefix("sr3fast ")) if "sr3fast" in name else None,
+    )
+    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
