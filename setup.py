@@ -1,4 +1,4 @@
-"""The build: CMake compiles csrc/ into sr3fast/_C, and the top-level folder kernels/ is installed as sr3fast.kernels."""
+"""The build: CMake compiles csrc/ into sr3fast/_C, and kernels/ is installed as sr3fast.kernels."""
 
 from setuptools import setup
 

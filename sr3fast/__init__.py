@@ -15,7 +15,7 @@ _PUBLIC = {
     "load": "weights",
     "upscale": "upscaling",
 }
-__all__ = [*_PUBLIC, "ops"]  # noqa: PLE0604
+__all__ = ["Sampler", "Schedule", "UNet", "load", "ops", "upscale"]
 
 if TYPE_CHECKING:
     from . import ops

@@ -139,8 +139,7 @@ def info() -> str:
     lines.append(f"{'op':26}" + "".join(f"{device:9}" for device in HOMES))
     for op in OPS:
         best = [
-            next(h for h in homes if not isinstance(load(h), str) and hasattr(load(h), op))
-            for homes in HOMES.values()
+            next(h for h in homes if not isinstance(load(h), str) and hasattr(load(h), op)) for homes in HOMES.values()
         ]
         lines.append(f"{op:26}" + "".join(f"{home:9}" for home in best))
     return "\n".join(lines)

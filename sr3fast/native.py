@@ -91,14 +91,6 @@ class Home:
         out, s, mean, rstd = outs
         self._norm(out, s, mean, rstd, h, None, residual, weight, bias, groups, eps, shift, silu)
 
-    def _norm_exec(self, h: Tensor, channels: int) -> tuple[tuple[int, ...], Tensor | None]:
-        """Where and how to run a norm; on a GPU with memory to work in, which must live until the launch."""
-        bytes_of = getattr(self._f, "scratch_bytes", None)
-        if bytes_of is None:
-            return self._exec(h.device), None
-        scratch = torch.empty(bytes_of(h.shape[0], channels, *h.shape[2:]), dtype=torch.uint8, device=h.device)
-        return (*self._exec(h.device), scratch.data_ptr()), scratch
-
     def _norm(self, out, s, mean, rstd, h, h2, residual, weight, bias, groups, eps, shift, silu):
         on, _scratch = self._norm_exec(h, out.shape[1])
         self._f.group_norm_silu(
@@ -106,9 +98,7 @@ class Home:
             *(_vector(weight), _vector(bias), _vector(shift), groups, eps, silu, on),
         )
 
-    def group_norm_silu_backward(
-        self, outs, grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s
-    ):
+    def group_norm_silu_backward(self, outs, grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s):
         dh, dh2, dweight, dbias, dshift = outs
         on, _scratch = self._norm_exec(h, grad.shape[1])
         self._f.group_norm_silu_backward(

@@ -136,7 +136,8 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def words(seed: Tensor, domain: int, step: Tensor | int, c: Tensor, h: Tensor, w4: Tensor) -> tuple[Tensor, ...]:
     """The four words of one counter; seed int64 [B, 1, 1, 1], the rest broadcast against it."""
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    zero = torch.zeros(torch.broadcast_shapes(seed.shape, c.shape, h.shape, w4.shape), dtype=torch.int64, device=seed.device)
+    shape = torch.broadcast_shapes(seed.shape, c.shape, h.shape, w4.shape)
+    zero = torch.zeros(shape, dtype=torch.int64, device=seed.device)
     counter = (w4 + zero, h + zero, (zero + step) & _MASK, domain * 65536 + c + zero)
     return philox(key, counter)
 

@@ -593,15 +593,11 @@ _library = torch.library.Library("sr3fast", "DEF")
 _STEP = "Tensor seed, Tensor step"
 _PLACE = "SymInt h0, SymInt w0"
 _NORM = "Tensor weight, Tensor bias, int groups, float eps, Tensor? shift, bool silu"
-_library.define(
-    f"noise({_STEP}, SymInt[] shape, int domain, {_PLACE}, ScalarType dtype, Device device) -> Tensor"
-)
+_library.define(f"noise({_STEP}, SymInt[] shape, int domain, {_PLACE}, ScalarType dtype, Device device) -> Tensor")
 _refine = f"Tensor y_t, Tensor eps_hat, Tensor alpha_t, Tensor gamma_t, {_STEP}, Tensor? z, {_PLACE}"
 _library.define(f"refine({_refine}) -> Tensor")
 _library.define(f"refine_out({_refine}, Tensor(a!) out, Tensor(b!)? into) -> ()")
-_solver_step = (
-    f"Tensor y, Tensor eps_hat, Tensor row, {_STEP}, Tensor? m1, Tensor? m2, Tensor? z, {_PLACE}"
-)
+_solver_step = f"Tensor y, Tensor eps_hat, Tensor row, {_STEP}, Tensor? m1, Tensor? m2, Tensor? z, {_PLACE}"
 _library.define(f"solver_step({_solver_step}) -> (Tensor, Tensor)")
 _library.define(f"solver_step_out({_solver_step}, Tensor(a!) out, Tensor(b!)? m, Tensor(c!)? into) -> ()")
 _q_sample = f"Tensor y_0, Tensor gamma, {_STEP}, Tensor? eps, {_PLACE}"
@@ -744,16 +740,15 @@ def _add_group_norm_silu(h, residual, weight, bias, groups, eps, shift, silu):
 @_fake("group_norm_silu_backward")
 def _group_norm_silu_backward_outputs(grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s):
     dweight = torch.empty(weight.shape, dtype=torch.float32, device=h.device)
-    dshift = torch.empty((h.shape[0] if shift is not None else 0, weight.shape[0]), dtype=torch.float32, device=h.device)
+    batch = 0 if shift is None else h.shape[0]
+    dshift = torch.empty((batch, weight.shape[0]), dtype=torch.float32, device=h.device)
     dh2 = h.new_empty(0) if h2 is None else torch.empty_like(h2)
     return torch.empty_like(h), dh2, dweight, torch.empty_like(dweight), dshift
 
 
 @_implement("group_norm_silu_backward")
 def _group_norm_silu_backward(grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s):
-    outs = _group_norm_silu_backward_outputs(
-        grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s
-    )
+    outs = _group_norm_silu_backward_outputs(grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s)
     dh, dh2, dweight, dbias, dshift = outs
     if dh.numel() == 0:
         return dh, dh2, dweight.zero_(), dbias.zero_(), dshift.zero_()
