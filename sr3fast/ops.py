@@ -143,9 +143,8 @@ def solver_step(
         y, eps_hat, seed, step, z, origin, into: as in `refine`.
         row: nine numbers, or a float32 tensor [9].
         history: (m_{t+1}, m_{t+2}), as many as the row uses; float32, y's shape.
-        out: a tensor for y', or a pair (for y', for m); m_{t+2} may be the one that receives m. With a lone tensor
-            (or a pair that ends in None) m is not stored where nobody asked for it, and y' is returned with None's place
-            taken by an empty tensor.
+        out: a tensor for y', or a pair (for y', for m); m_{t+2} may be the one that receives m. With a lone tensor,
+            or a pair that ends in None, m is not stored, and an empty tensor is returned in its place.
 
     Returns:
         y', m: float32, y's layout.
