@@ -132,10 +132,10 @@ def steps(model: weights.Model, args: argparse.Namespace, dtype: torch.dtype | N
     runs: list[tuple[str, str | None, int | None]] = [
         (solver, grid, n) for n in args.numbers for solver, grid in FEW
     ]
-    runs += [("sr3", None, None), ("ddpm", None, None)] if args.full else []
+    if args.full:
+        runs = [("ddpm", None, None), ("sr3", None, None), *runs]
     cases = [Case(name, int(model.scale or 4), args.crop) for name in PICTURES]
     x = torch.cat([case.x for case in cases])
-    # dpm++2m on 100 steps of its grid is what the few-step rows are to reach
     rows: list[dict[str, object]] = []
     rows.append({"solver": "bicubic", "steps": 0, **average([case.measure(case.x) for case in cases])})
     for solver, grid, n in runs:
@@ -148,8 +148,19 @@ def steps(model: weights.Model, args: argparse.Namespace, dtype: torch.dtype | N
         row = {"solver": solver, "grid": grid or "every step", "steps": passes, **average(singles)}
         rows.append({**row, "seconds": round(seconds, 3)})
         print(json.dumps(rows[-1]), flush=True)
-        write(args, {"crop": args.crop, "samples": args.samples, "rows": rows})
+        write(args, {"crop": args.crop, "samples": args.samples, "rows": [*kept(args, rows), *rows]})
     return {"crop": args.crop, "samples": args.samples, "rows": rows}
+
+
+def kept(args: argparse.Namespace, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Rows of an earlier run of the same kind that this one has not measured again."""
+    if not args.out.exists():
+        return []
+    record = json.loads(args.out.read_text())
+    if any(record.get(name) != getattr(args, name) for name in ("model", "dtype", "crop", "samples")):
+        return []
+    new = {(row["solver"], row.get("grid"), row["steps"]) for row in rows}
+    return [row for row in record["rows"] if (row["solver"], row.get("grid"), row["steps"]) not in new]
 
 
 def average(scores: list[dict[str, float]]) -> dict[str, float]:
@@ -158,10 +169,8 @@ def average(scores: list[dict[str, float]]) -> dict[str, float]:
 
 def write(args: argparse.Namespace, results: dict[str, object]) -> None:
     """Rewritten after every row, so that a run that is stopped keeps what it measured."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"quality_{args.command.replace('-', '_')}.json"
     record = {"model": args.model, "dtype": args.dtype, **results, "environment": environment()}
-    with image.atomic(path) as temporary:
+    with image.atomic(args.out) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -176,9 +185,11 @@ def main() -> None:
     parser.add_argument("--crop", type=int, help="side of a crop; whole pictures without it (steps: 64)")
     parser.add_argument("--steps", type=int, help="held-out: in place of the model's own")
     parser.add_argument("--numbers", type=int, nargs="+", default=[6, 10, 15, 25, 50, 100])
+    parser.add_argument("--out", type=Path, help="the JSON file, in place of that in benchmarks/results/")
     parser.add_argument("--full", action="store_true", help="steps: sr3 and ddpm on the whole schedule too")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
+    args.out = args.out or RESULTS / f"quality_{args.command.replace('-', '_')}.json"
     if args.command == "steps":
         args.crop = args.crop or 64
     model = weights.load(args.model)
