@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def main() -> None:
         runs[label] = ours(Engine(unet, dtype, form, graph=False), x, dtype)
     if device.type == "cuda":
         runs["+ graph"] = ours(Engine(unet, dtype), x, dtype)
-    seconds = interleaved(runs, options.rounds, 10 if device.type == "cuda" else 1)
+    times = interleaved(runs, options.rounds, 10 if device.type == "cuda" else 1)
+    seconds = {label: statistics.median(t) for label, t in times.items()}
 
     eager = next(iter(seconds.values()))
     before = eager

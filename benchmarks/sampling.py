@@ -6,7 +6,6 @@ Each function below is a generator that does one step of a sampling run for each
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -152,8 +151,8 @@ def variants(unet: UNet, x: Tensor) -> dict[str, Callable[[], Iterator[Tensor]]]
     return found
 
 
-def interleaved(runs: dict[str, Iterator[Tensor]], rounds: int, steps: int = 1) -> dict[str, float]:
-    """Median seconds a step; each round times `steps` steps of every run, so all see the same machine."""
+def interleaved(runs: dict[str, Iterator[Tensor]], rounds: int, steps: int = 1) -> dict[str, list[float]]:
+    """Seconds a step, round by round; each round times `steps` steps of every run, so all see the same machine."""
     cuda = torch.cuda.is_available()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -169,16 +168,14 @@ def interleaved(runs: dict[str, Iterator[Tensor]], rounds: int, steps: int = 1) 
             if cuda:
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - begin) / steps)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
 
 
 @torch.no_grad()
 def check_agreement(unet: UNet, x: Tensor) -> dict[str, float]:
     """Relative RMS errors against the plain float32 network; AssertionError where ours disagree."""
     plain = Plain(unet)
-    y = torch.randn(
-        len(x), 3, *x.shape[2:], device=x.device, generator=torch.Generator(x.device).manual_seed(1)
-    )
+    y = torch.randn(len(x), 3, *x.shape[2:], device=x.device, generator=torch.Generator(x.device).manual_seed(1))
     level = torch.full((1,), 0.6, device=x.device)
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
