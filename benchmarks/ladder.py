@@ -63,10 +63,11 @@ def main() -> None:
         print(f"{label:24}{t * 1e3:9.2f}{before / t:11.2f}x{eager / t:8.2f}x")
         before = t
     if options.json:
-        rows = [{"rung": label, "seconds": t, "times_faster": eager / t} for label, t in seconds.items()]
-        figures = {"environment": environment(), **vars(options), "json": None, "rungs": rows}
+        shape = {"batch": options.batch, "size": options.size}
+        rows = [{"rung": k, "ms_a_step": t * 1e3, "times_faster": eager / t, **shape} for k, t in seconds.items()]
+        figures = {"environment": environment(), "results": rows}
         temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
         temporary.replace(options.json)
 
 

@@ -56,14 +56,6 @@ def measured(request):
     result.batch, result.size = request.param
     gc.collect()
     yield result
-    lines = [f"\na sampling step, batch {result.batch}, {result.size} x {result.size}, {DEVICE}"]
-    eager = result.seconds["eager float32"]
-    for name in sorted(result.seconds, key=result.seconds.get, reverse=True):
-        t = result.seconds[name]
-        lines.append(f"  {name:38}{t * 1e3:9.2f} ms{eager / t:8.2f}x")
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print("\n".join(lines))
 
 
 class Clock:
@@ -85,9 +77,9 @@ CLOCK = Clock()
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("name", NAMES)
-def test_sampling(benchmark, measured, name):
+def test_sampling(benchmark, measured, results, name):
     if name not in measured.times:
-        pytest.skip("not installed, or asked for with SR3FAST_BENCH_COMPILE=1 on a CPU")
+        pytest.skip("not installed, or left out by SR3FAST_BENCH_COMPILE (on a CPU, 1 asks for it)")
     seconds, eager = measured.seconds[name], measured.seconds["eager float32"]
     benchmark.group = f"a sampling step, batch {measured.batch}, {measured.size} x {measured.size}"
     benchmark.extra_info.update(
@@ -100,6 +92,16 @@ def test_sampling(benchmark, measured, name):
         images_per_second={steps: measured.batch / (seconds * steps) for steps in (2000, 100, 25)},
         peak_memory_bytes=measured.memory.get(name),
         relative_error=measured.errors.get(name.removeprefix("sr3fast ")) if "sr3fast" in name else None,
+    )
+    results.add(
+        f"sampling-{DEVICE}",
+        implementation=name,
+        batch=measured.batch,
+        size=measured.size,
+        ms_a_step=seconds * 1e3,
+        times_faster=eager / seconds,
+        **{f"s_an_image_at_{n}_steps": seconds * n / measured.batch for n in (2000, 100, 25)},
+        peak_GB=measured.memory[name] / 1e9 if name in measured.memory else None,
     )
     CLOCK.read_out(measured.times[name])
     benchmark.pedantic(lambda: None, rounds=len(measured.times[name]))
