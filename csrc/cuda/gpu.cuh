@@ -36,6 +36,66 @@ __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn
 template <>
 __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
+// Elements in 32-bit words: element i of a word (its only one, float32; or its lower and upper half), two to a word.
+template <class T>
+__device__ __forceinline__ float unpack(uint32_t word, int i);
+template <>
+__device__ __forceinline__ float unpack<float>(uint32_t word, int) { return __uint_as_float(word); }
+template <>
+__device__ __forceinline__ float unpack<f16>(uint32_t word, int i) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? word >> 16 : word)));
+}
+template <>
+__device__ __forceinline__ float unpack<bf16>(uint32_t word, int i) {
+  return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float lower, float upper);
+template <>
+__device__ __forceinline__ uint32_t pack<float>(float x, float) { return __float_as_uint(x); }
+template <>
+__device__ __forceinline__ uint32_t pack<f16>(float lower, float upper) {
+  const __half2 h = __floats2half2_rn(lower, upper);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float lower, float upper) {
+  const __nv_bfloat162 h = __floats2bfloat162_rn(lower, upper);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+// 2^x and 1/x within 2^-22, in one instruction each
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The compiler splits some 16-byte stores into words where it cannot put their alignment together again; not these.
+__device__ __forceinline__ void store_global(uint4* p, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_global(uint2* p, const uint2& v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint4* p, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+template <class Raw>
+__device__ __forceinline__ void store_global(Raw* p, const Raw& v) { *p = v; }
+template <class Raw>
+__device__ __forceinline__ void store_shared(Raw* p, const Raw& v) { *p = v; }
+
 // All of a block's shared memory is dynamic: one array, cut up by the kernel.
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ uint4 memory[];

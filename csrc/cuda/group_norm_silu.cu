@@ -113,7 +113,7 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
         T* data = shared_at<T>(a.data) + column * V;
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k)
-          if (k < n) x[k].store(data + (p + k * columns.rows) * a.cut.slice);
+          if (k < n) x[k].keep(data + (p + k * columns.rows) * a.cut.slice);
       }
       running.template add<kInFlight>(n, [&](int k, int v) { return x[k].at(v); });
     }
@@ -252,7 +252,7 @@ __device__ __forceinline__ float2 nchw_moments(const Arguments& a, const Block& 
     if (one) {
 #pragma unroll
       for (int k = 0; k < K; ++k)
-        if (k < n) x[k].store(shared_at<T>(a.data) + (p + k * kThreads) * V);
+        if (k < n) x[k].keep(shared_at<T>(a.data) + (p + k * kThreads) * V);
     }
     running.template add<K * V>(n * V, [&](int i, int) { return x[i / V].at(i % V) + shift[i / V]; });
   }
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const Arguments a)
 }
 
 template <class T, int V, bool nhwc>
-__global__ void __launch_bounds__(kThreads, 4) apply_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, 3) apply_kernel(const Arguments a) {
   const Block block(a.cut, a.first_sample);
   Parameters(a).load(a, block);
   merge_parts<V, nhwc>(a, block,

@@ -56,6 +56,20 @@ struct Parameters {
   }
 };
 
+// <weight g> and <weight g x_hat> of a group.
+struct Means {
+  float g, gx;
+};
+
+// One branch a vector, not one an element.
+template <class F>
+__device__ __forceinline__ void with_silu(bool silu, F&& f) {
+  if (silu)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
 // What an element's gradient needs of its channel.
 struct Channel {
   float mean, rstd, weight, bias;
@@ -64,8 +78,8 @@ struct Channel {
   __device__ __forceinline__ Channel(const Parameters& p, uint32_t i)
       : mean(p.mean[i]), rstd(p.rstd[i]), weight(p.weight[i]), bias(p.bias[i]) {}
 
-  template <class T>
-  __device__ __forceinline__ void differentiate(float h, float grad, bool silu, float& x_hat, float& g) const {
+  template <class T, bool silu>
+  __device__ __forceinline__ void differentiate(float h, float grad, float& x_hat, float& g) const {
     x_hat = (h - mean) * rstd;
     g = grad;
     if (silu) {
@@ -73,16 +87,21 @@ struct Channel {
       g *= s * (1.0f + n * (1.0f - s));
     }
   }
+  template <class T, bool silu>
+  __device__ __forceinline__ void add(float h, float grad, Sums& sums) const {
+    float x_hat, g;
+    differentiate<T, silu>(h, grad, x_hat, g);
+    sums.g += g;
+    sums.gx += g * x_hat;
+    sums.x += x_hat;
+  }
+  template <class T, bool silu>
+  __device__ __forceinline__ float gradient(float h, float grad, const Means& mean_of) const {
+    float x_hat, g;
+    differentiate<T, silu>(h, grad, x_hat, g);
+    return (weight * g - mean_of.g - x_hat * mean_of.gx) * rstd;
+  }
 };
-
-// <weight g> and <weight g x_hat> of the channel's group.
-struct Means {
-  float g, gx;
-};
-
-__device__ __forceinline__ float gradient(const Channel& c, const Means& m, float x_hat, float g) {
-  return (c.weight * g - m.g - x_hat * m.gx) * c.rstd;
-}
 
 // The elements at `at` (in a tensor with all channels) of dh, with grad_s.
 template <class T, int V>
@@ -150,17 +169,13 @@ struct Nhwc {
           if (k >= n) continue;
           if (one) {
             const uint32_t at = (p + k * columns.rows) * a.cut.slice + column * V;
-            x[k].store(kept_h() + at);
-            g[k].store(kept_grad() + at);
+            x[k].keep(kept_h() + at);
+            g[k].keep(kept_grad() + at);
           }
+          with_silu(a.silu, [&](auto silu) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            float x_hat, gradient;
-            channel[v].template differentiate<T>(x[k].at(v), g[k].at(v), a.silu, x_hat, gradient);
-            sums[v].g += gradient;
-            sums[v].gx += gradient * x_hat;
-            sums[v].x += x_hat;
-          }
+            for (int v = 0; v < V; ++v) channel[v].template add<T, silu.value>(x[k].at(v), g[k].at(v), sums[v]);
+          });
         }
       }
 #pragma unroll
@@ -210,12 +225,11 @@ struct Nhwc {
           if (k >= n) continue;
           const uint32_t pixel = p + k * columns.rows;
           float result[V];
+          with_silu(a.silu, [&](auto silu) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            float x_hat, dn;
-            channel[v].template differentiate<T>(x[k].at(v), g[k].at(v), a.silu, x_hat, dn);
-            result[v] = gradient(channel[v], mean[v], x_hat, dn);
-          }
+            for (int v = 0; v < V; ++v)
+              result[v] = channel[v].template gradient<T, silu.value>(x[k].at(v), g[k].at(v), mean[v]);
+          });
           finish<T, V>(a, result, whole(c) + static_cast<int64_t>(pixel) * a.sizes.channels)
               .store(dh + static_cast<int64_t>(pixel) * stride);
         }
@@ -294,17 +308,13 @@ struct Nchw {
             if (k >= n) continue;
             if (one) {
               const uint32_t at = (i * a.cut.size + p + k * lanes) * V;
-              x[k].store(kept_h() + at);
-              g[k].store(kept_grad() + at);
+              x[k].keep(kept_h() + at);
+              g[k].keep(kept_grad() + at);
             }
+            with_silu(a.silu, [&](auto silu) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-              float x_hat, gradient;
-              channel.template differentiate<T>(x[k].at(v), g[k].at(v), a.silu, x_hat, gradient);
-              sums.g += gradient;
-              sums.gx += gradient * x_hat;
-              sums.x += x_hat;
-            }
+              for (int v = 0; v < V; ++v) channel.template add<T, silu.value>(x[k].at(v), g[k].at(v), sums);
+            });
           }
         }
       }
@@ -347,12 +357,11 @@ struct Nchw {
           if (k >= n) continue;
           const int64_t q = static_cast<int64_t>(p + k * lanes) * V;
           float result[V];
+          with_silu(a.silu, [&](auto silu) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            float x_hat, dn;
-            channel.template differentiate<T>(x[k].at(v), g[k].at(v), a.silu, x_hat, dn);
-            result[v] = gradient(channel, mean, x_hat, dn);
-          }
+            for (int v = 0; v < V; ++v)
+              result[v] = channel.template gradient<T, silu.value>(x[k].at(v), g[k].at(v), mean);
+          });
           finish<T, V>(a, result, whole(c) + q).store(dh + q);
         }
       }
@@ -370,6 +379,7 @@ __device__ __forceinline__ void channel_sums(const Arguments& a, const Work& wor
   for (uint32_t round = 0; round < a.cut.slice; round += teams) {
     const uint32_t i = min(round + threadIdx.x / lanes, a.cut.slice - 1);  // a team with none repeats the last
     Sums sums;
+#pragma unroll 4
     for (uint32_t k = lane; k < work.entries(); k += lanes) {
       const uint32_t at = work.entry(i, k);
       sums.g += partial[at];
@@ -397,6 +407,7 @@ __device__ __forceinline__ const Means* merge_parts(const Arguments& a, const Bl
     for (uint32_t round = 0; round < slice; round += teams) {
       const uint32_t own = round + threadIdx.x / lanes, i = min(own, slice - 1);
       Sums sums;
+#pragma unroll 4
       for (uint32_t part = lane; part < a.cut.parts; part += lanes) {
         const Sums of = source(i, part);
         sums.g += of.g;

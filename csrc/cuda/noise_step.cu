@@ -50,16 +50,17 @@ static_assert(sizeof(Row) <= kRowBytes, "a row fits");
 template <class E, bool direct>
 __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArguments a) {
   const Tile<4> tile(a.range);
-  const auto load_quad = [&](auto zero, const View& from, int u) {
-    return load<decltype(zero), 4>(from, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole);
+  const auto load_quad = [&](const View& from, int u) {
+    return load<float, 4>(from, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole);
   };
   // every load before the first use: they are under way while the noise is drawn
   Vec<float, 4> y_raw[kQuads];
   Vec<E, 4> f_raw[kQuads];
 #pragma unroll
-  for (int u = 0; u < kQuads; ++u) y_raw[u] = load_quad(float{}, a.y, u);
+  for (int u = 0; u < kQuads; ++u) y_raw[u] = load_quad(a.y, u);
 #pragma unroll
-  for (int u = 0; u < kQuads; ++u) f_raw[u] = load_quad(E{}, a.eps_hat, u);
+  for (int u = 0; u < kQuads; ++u) 
+    f_raw[u] = load<E, 4, true>(a.eps_hat, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole);
 
   // in shared memory, out of the way of the noise's registers
   Row& row = *reinterpret_cast<Row*>(shared_memory());
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArgument
   Vec<float, 4> z_raw[kQuads] = {}, m1_raw[kQuads] = {}, m2_raw[kQuads] = {};
   if (row.s != 0.0f && a.z) {
 #pragma unroll
-    for (int u = 0; u < kQuads; ++u) z_raw[u] = load_quad(float{}, a.z, u);
+    for (int u = 0; u < kQuads; ++u) z_raw[u] = load_quad(a.z, u);
   } else if (row.s != 0.0f) {
     const auto step = static_cast<uint32_t>(a.draw.step.read());
     if (!direct) {
@@ -92,11 +93,11 @@ __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArgument
   }
   if (row.c1 != 0.0f) {
 #pragma unroll
-    for (int u = 0; u < kQuads; ++u) m1_raw[u] = load_quad(float{}, a.m1, u);
+    for (int u = 0; u < kQuads; ++u) m1_raw[u] = load_quad(a.m1, u);
   }
   if (row.c2 != 0.0f) {
 #pragma unroll
-    for (int u = 0; u < kQuads; ++u) m2_raw[u] = load_quad(float{}, a.m2, u);
+    for (int u = 0; u < kQuads; ++u) m2_raw[u] = load_quad(a.m2, u);
   }
 
   const bool estimated = row.c0 != 0.0f || a.m;

@@ -113,12 +113,14 @@ template <class Item>
 __device__ __forceinline__ float2 merge(uint32_t items, float total, int lanes, Item&& item) {
   const uint32_t lane = threadIdx.x % lanes;
   float n, mean, m2, sum = 0.0f;
+#pragma unroll 4
   for (uint32_t i = lane; i < items; i += lanes) {
     item(i, n, mean, m2);
     sum += n * mean;
   }
   const float merged = lane_sum(sum, lanes) / total;
   sum = 0.0f;
+#pragma unroll 4
   for (uint32_t i = lane; i < items; i += lanes) {
     item(i, n, mean, m2);
     const float delta = mean - merged;
@@ -165,8 +167,9 @@ struct Running {
 
 template <class T>
 __device__ __forceinline__ float sigmoid(float x) {
-  if (sizeof(T) == 4) return 1.0f / (1.0f + expf(-x));
-  return __fdividef(1.0f, 1.0f + __expf(-x));  // some 2^-22: far below a half's rounding
+  if (sizeof(T) == 2) return reciprocal_fast(1.0f + exp2_fast(x * -1.44269504f));  // far below a half's rounding
+  const float d = 1.0f + expf(-fmaxf(x, -87.0f)), r = reciprocal_fast(d);  // d stays finite for the Newton step
+  return r + r * (1.0f - d * r);
 }
 
 // Where the pieces of a block's shared memory start, in bytes.

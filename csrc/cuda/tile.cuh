@@ -14,7 +14,11 @@ namespace sr3fast::cuda {
 
 constexpr int kThreadElements = 8;
 constexpr int kMaxThreads = 256;
+#if defined(SR3FAST_EMULATE)
+constexpr int64_t kLaunchElements = 1 << 13;
+#else
 constexpr int64_t kLaunchElements = int64_t{1} << 30;  // of one launch: indices within it have 31 bits to divide
+#endif
 
 // Place of an element, sizes fastest first: W H C B, or C W H B in channels_last.
 struct Place {
@@ -110,13 +114,13 @@ struct View {
   }
   __device__ __forceinline__ explicit operator bool() const { return data != nullptr; }
 
-  // elements i .. i + N
-  template <int N>
+  // of elements i .. i + N; a tensor that must be dense has no use for the rest of the code
+  template <bool strides, int N>
   __device__ __forceinline__ void offsets(const Range& range, uint32_t i, int64_t (&offset)[N]) const {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       offset[k] = range.first + i + k;
-      if (!dense) {
+      if (strides && !dense) {
         const Place p = range.place(i + k);
         offset[k] = p.at[0] * stride[0] + p.at[1] * stride[1] + p.at[2] * stride[2] + p.at[3] * stride[3];
       }
@@ -125,20 +129,20 @@ struct View {
 };
 
 // Elements i .. i + valid of a range; whole: the tile is, so that vectors may be read.
-template <class T, int N>
+template <class T, int N, bool strides = false>
 __device__ __forceinline__ Vec<T, N> load(const View& from, const Range& range, uint32_t i, int valid, bool whole) {
   const T* data = reinterpret_cast<const T*>(from.data);
   if (whole && from.vectors) return Vec<T, N>::load(data + range.first + i);
   int64_t offset[N];
-  from.offsets(range, i, offset);
-  T element[N] = {};
+  from.template offsets<strides>(range, i, offset);
+  float x[N] = {};  // to a float and back is exact
 #pragma unroll
   for (int k = 0; k < N; ++k)
-    if (k < valid) element[k] = data[offset[k]];
-  return Vec<T, N>::of_elements(element);
+    if (k < valid) x[k] = to_float(data[offset[k]]);
+  return Vec<T, N>::of(x);
 }
 
-template <class T, int N>
+template <class T, bool strides = false, int N>
 __device__ __forceinline__ void store(const View& to, const Range& range, uint32_t i, int valid, bool whole,
                                       const float (&x)[N]) {
   T* data = reinterpret_cast<T*>(to.data);
@@ -147,13 +151,13 @@ __device__ __forceinline__ void store(const View& to, const Range& range, uint32
     return;
   }
   int64_t offset[N];
-  to.offsets(range, i, offset);
+  to.template offsets<strides>(range, i, offset);
 #pragma unroll
   for (int k = 0; k < N; ++k)
     if (k < valid) data[offset[k]] = from_float<T>(x[k]);
 }
 
-// into a tensor of any type
+// into a tensor of any type and strides
 template <int N>
 __device__ __forceinline__ void store_any(const View& to, const Range& range, uint32_t i, int valid, bool whole,
                                           const float (&x)[N]) {
@@ -161,9 +165,9 @@ __device__ __forceinline__ void store_any(const View& to, const Range& range, ui
   for (int k = 0; k < N; k += 4) {
     const float quad[4] = {x[k], x[k + 1], x[k + 2], x[k + 3]};
     switch (to.dtype) {
-      case Dtype::f32: store<float>(to, range, i + k, valid - k, whole, quad); break;
-      case Dtype::f16: store<f16>(to, range, i + k, valid - k, whole, quad); break;
-      case Dtype::bf16: store<bf16>(to, range, i + k, valid - k, whole, quad); break;
+      case Dtype::f32: store<float, true>(to, range, i + k, valid - k, whole, quad); break;
+      case Dtype::f16: store<f16, true>(to, range, i + k, valid - k, whole, quad); break;
+      case Dtype::bf16: store<bf16, true>(to, range, i + k, valid - k, whole, quad); break;
     }
   }
 }

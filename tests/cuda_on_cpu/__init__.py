@@ -202,9 +202,12 @@ def _addresses(*pointers: int) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(p or None) for p in pointers]
 
 
-def home(functions: Functions, device: int = 0) -> native.Home:
-    """`device` is an index into emulate.h's table."""
-    return native.Home(functions, lambda _: (0, device, 0), "emulated")
+class Home(native.Home):
+    """The CUDA home on device `index` of emulate.h's table, for tensors on the CPU."""
 
+    def __init__(self, functions: Functions, index: int = 0):
+        super().__init__(functions, lambda _: (0, index, 0, 0), "emulated")
 
-__all__ = ["BACKWARD", "FORWARD", "SHUFFLED", "Functions", "build", "compiler", "home", "torch"]
+    def _norm_exec(self, h, channels):
+        scratch = torch.full((self._f.scratch_bytes(h.shape[0], channels, *h.shape[2:]) // 4,), float("nan"))
+        return (*self._exec(h.device)[:3], scratch.data_ptr()), scratch

@@ -228,9 +228,6 @@ T __ldg(const T* p) {
 }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 // the runtime
 
@@ -321,6 +318,33 @@ inline bf16 from_float<bf16>(float x) {  // to nearest even
   std::memcpy(&bits, &x, 4);
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <class T>
+float unpack(uint32_t word, int i) {
+  if (sizeof(T) == 2) word = i % 2 ? word >> 16 : word & 0xffffu;
+  T x;
+  std::memcpy(&x, &word, sizeof x);
+  return to_float(x);
+}
+template <class T>
+uint32_t pack(float lower, float upper) {
+  const T x[2] = {from_float<T>(lower), from_float<T>(upper)};
+  uint32_t word;
+  std::memcpy(&word, x, 4);
+  return word;
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
+template <class Raw>
+void store_global(Raw* p, const Raw& v) {
+  *p = v;
+}
+template <class Raw>
+void store_shared(Raw* p, const Raw& v) {
+  *p = v;
 }
 
 inline char* shared_memory() { return reinterpret_cast<char*>(emulate::current->block->shared); }
