@@ -1,5 +1,4 @@
 #include "device.h"
-
 #include "norm.cuh"
 
 namespace sr3fast::cuda {

@@ -1,5 +1,5 @@
-// What the kernels and their launches ask of the machine. tests/emulate.h answers the same calls on a CPU, so that
-// a machine without a GPU can run the kernels.
+// What the kernels and their launches ask of the machine. tests/emulate.h answers the same calls on a CPU, so
+// that a machine without a GPU can run the kernels.
 #pragma once
 
 #include <atomic>
@@ -30,17 +30,26 @@ __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); 
 template <class T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ f16 from_float<f16>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 
-// Elements in 32-bit words: element i of a word (its only one, float32; or its lower and upper half), two to a word.
+// Elements in 32-bit words: element i of a word (its only one, float32; or its lower and upper half), two to
+// a word.
 template <class T>
 __device__ __forceinline__ float unpack(uint32_t word, int i);
 template <>
-__device__ __forceinline__ float unpack<float>(uint32_t word, int) { return __uint_as_float(word); }
+__device__ __forceinline__ float unpack<float>(uint32_t word, int) {
+  return __uint_as_float(word);
+}
 template <>
 __device__ __forceinline__ float unpack<f16>(uint32_t word, int i) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? word >> 16 : word)));
@@ -53,7 +62,9 @@ __device__ __forceinline__ float unpack<bf16>(uint32_t word, int i) {
 template <class T>
 __device__ __forceinline__ uint32_t pack(float lower, float upper);
 template <>
-__device__ __forceinline__ uint32_t pack<float>(float x, float) { return __float_as_uint(x); }
+__device__ __forceinline__ uint32_t pack<float>(float x, float) {
+  return __float_as_uint(x);
+}
 template <>
 __device__ __forceinline__ uint32_t pack<f16>(float lower, float upper) {
   const __half2 h = __floats2half2_rn(lower, upper);
@@ -77,24 +88,31 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
-// The compiler splits some 16-byte stores into words where it cannot put their alignment together again; not these.
+// The compiler splits some 16-byte stores into words where it cannot put their alignment together again; not
+// these.
 __device__ __forceinline__ void store_global(uint4* p, const uint4& v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 __device__ __forceinline__ void store_global(uint2* p, const uint2& v) {
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y) : "memory");
-}
-__device__ __forceinline__ void store_shared(uint4* p, const uint4& v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y)
                : "memory");
 }
+__device__ __forceinline__ void store_shared(uint4* p, const uint4& v) {
+  asm volatile(
+      "st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
 template <class Raw>
-__device__ __forceinline__ void store_global(Raw* p, const Raw& v) { *p = v; }
+__device__ __forceinline__ void store_global(Raw* p, const Raw& v) {
+  *p = v;
+}
 template <class Raw>
-__device__ __forceinline__ void store_shared(Raw* p, const Raw& v) { *p = v; }
+__device__ __forceinline__ void store_shared(Raw* p, const Raw& v) {
+  *p = v;
+}
 
 // All of a block's shared memory is dynamic: one array, cut up by the kernel.
 __device__ __forceinline__ char* shared_memory() {
@@ -102,7 +120,8 @@ __device__ __forceinline__ char* shared_memory() {
   return reinterpret_cast<char*>(memory);
 }
 
-// A cluster's blocks wait for each other between arrive and wait; a barrier of the block where there are no clusters.
+// A cluster's blocks wait for each other between arrive and wait; a barrier of the block where there are no
+// clusters.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
@@ -180,7 +199,8 @@ inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute& cl
 inline cudaError_t allow(const void* kernel, const Launch& l) {
   cudaError_t error = cudaSuccess;
   if (l.shared > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
   if (error == cudaSuccess && l.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error;
@@ -228,18 +248,27 @@ void launch(const char* op, void (*kernel)(Parameters...), const Launch& l, cons
 template <class F>
 void with_type(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::f32: f(float{}); break;
-    case Dtype::f16: f(f16{}); break;
-    case Dtype::bf16: f(bf16{}); break;
+    case Dtype::f32:
+      f(float{});
+      break;
+    case Dtype::f16:
+      f(f16{});
+      break;
+    case Dtype::bf16:
+      f(bf16{});
+      break;
   }
 }
 
 // An element of a parameter vector.
 __device__ __forceinline__ float read(const Vector& v, int64_t i) {
   switch (v.dtype) {
-    case Dtype::f32: return static_cast<const float*>(v.data)[i];
-    case Dtype::f16: return to_float(static_cast<const f16*>(v.data)[i]);
-    default: return to_float(static_cast<const bf16*>(v.data)[i]);
+    case Dtype::f32:
+      return static_cast<const float*>(v.data)[i];
+    case Dtype::f16:
+      return to_float(static_cast<const f16*>(v.data)[i]);
+    default:
+      return to_float(static_cast<const bf16*>(v.data)[i]);
   }
 }
 

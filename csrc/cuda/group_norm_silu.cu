@@ -1,8 +1,8 @@
 // group_norm_silu, forward.
 //
-// Where a slice fits into the shared memory of a cluster's blocks, one kernel reads it once: moments, an exchange
-// between the blocks, and the result from shared memory. Otherwise two kernels, moments and apply, over as many
-// samples at a time as stay in the L2 cache from one to the other.
+// Where a slice fits into the shared memory of a cluster's blocks, one kernel reads it once: moments, an
+// exchange between the blocks, and the result from shared memory. Otherwise two kernels, moments and apply,
+// over as many samples at a time as stay in the L2 cache from one to the other.
 #include "norm.cuh"
 
 namespace sr3fast::cuda {
@@ -59,8 +59,9 @@ __device__ __forceinline__ void add_residual(const Arguments& a, Vec<T, V>& h, c
 }
 
 template <class T, int V>
-__device__ __forceinline__ Vec<T, V> normalize(const Arguments& a, const Vec<T, V>& raw, const float (&mean)[V],
-                                               const float (&scale)[V], const float (&bias)[V]) {
+__device__ __forceinline__ Vec<T, V> normalize(const Arguments& a, const Vec<T, V>& raw,
+                                               const float (&mean)[V], const float (&scale)[V],
+                                               const float (&bias)[V]) {
   float x[V];
   raw.floats(x);
 #pragma unroll
@@ -73,8 +74,8 @@ __device__ __forceinline__ Vec<T, V> normalize(const Arguments& a, const Vec<T, 
 
 // ---- channels_last
 
-// Moments of the block's part, by group; one: for one_kernel, which keeps the part in shared memory and whose cluster
-// must have started before f, which gets f(group of the slice, lane of the team, lanes, mean and M2).
+// Moments of the block's part, by group; one: for one_kernel, which keeps the part in shared memory and whose
+// cluster must have started before f, which gets f(group of the slice, lane of the team, lanes, mean and M2).
 template <class T, int V, bool one, class F>
 __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& block, F&& f) {
   using Elements = Vec<T, V>;
@@ -87,7 +88,8 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
     const uint32_t c = block.slice * a.cut.slice + column * V;
     uint32_t stride;
     const T* h = pair.nhwc(a.sizes, block.b, begin, c, stride);
-    const int64_t whole = (block.b * a.sizes.pixels + begin) * a.sizes.channels + c;  // in a tensor with all channels
+    const int64_t whole =
+        (block.b * a.sizes.pixels + begin) * a.sizes.channels + c;  // in a tensor with all channels
     float shift[V] = {};
     if (a.residual && a.shift) {
 #pragma unroll
@@ -96,7 +98,8 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
     Running<V> running;
     for (uint32_t p = columns.row; p < length; p += kInFlight * columns.rows) {
       Elements x[kInFlight] = {};
-      const int n = static_cast<int>(min(static_cast<uint32_t>(kInFlight), (length - p - 1) / columns.rows + 1));
+      const int n =
+          static_cast<int>(min(static_cast<uint32_t>(kInFlight), (length - p - 1) / columns.rows + 1));
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k)
         if (k < n) x[k] = Elements::load_constant(h + static_cast<int64_t>(p + k * columns.rows) * stride);
@@ -132,18 +135,19 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
     const uint32_t group = min(round + team, groups - 1);  // a team with none repeats the last
     const float2 moments = merge(rows * a.sizes.width, static_cast<float>(length) * a.sizes.width, lanes,
                                  [&](uint32_t i, float& n, float& mean, float& m2) {
-      const uint32_t row = a.sizes.by_width.quotient(i), c = group * a.sizes.width + i - row * a.sizes.width;
-      const float2 of = partial[row * a.cut.slice + c];
-      n = static_cast<float>((length - row - 1) / columns.rows + 1);
-      mean = of.x + parameters.shift[c];  // a shift only moves the mean
-      m2 = of.y;
-    });
+                                   const uint32_t row = a.sizes.by_width.quotient(i),
+                                                  c = group * a.sizes.width + i - row * a.sizes.width;
+                                   const float2 of = partial[row * a.cut.slice + c];
+                                   n = static_cast<float>((length - row - 1) / columns.rows + 1);
+                                   mean = of.x + parameters.shift[c];  // a shift only moves the mean
+                                   m2 = of.y;
+                                 });
     f(group, threadIdx.x % lanes, lanes, moments);
   }
 }
 
-// The block's part, from `source` (element 0: the part's first pixel, first channel of the slice; `pixel` elements
-// between pixels); stat holds mean and 1/std of the slice's groups.
+// The block's part, from `source` (element 0: the part's first pixel, first channel of the slice; `pixel`
+// elements between pixels); stat holds mean and 1/std of the slice's groups.
 template <class T, int V>
 __device__ __forceinline__ void nhwc_apply(const Arguments& a, const Block& block, bool kept) {
   using Elements = Vec<T, V>;
@@ -234,7 +238,8 @@ __device__ __forceinline__ float2 nchw_moments(const Arguments& a, const Block& 
 #pragma unroll
       for (int k = 0; k < K; ++k)
         if (k < n)
-          shift[k] = read(a.shift, block.b * a.sizes.channels + group.c0 + group.channel(begin + p + k * kThreads));
+          shift[k] =
+              read(a.shift, block.b * a.sizes.channels + group.c0 + group.channel(begin + p + k * kThreads));
     }
     if (a.residual) {
       const T* residual = static_cast<const T*>(a.residual) + group.whole;
@@ -282,8 +287,8 @@ __device__ __forceinline__ void nchw_apply(const Arguments& a, const Block& bloc
       if (kept)
         x[k] = Elements::load(shared_at<T>(a.data) + (p + k * kThreads) * V);
       else
-        x[k] = Elements::load(a.residual ? static_cast<const T*>(a.s) + group.whole + static_cast<int64_t>(i) * V
-                                        : group.h(i));
+        x[k] = Elements::load(
+            a.residual ? static_cast<const T*>(a.s) + group.whole + static_cast<int64_t>(i) * V : group.h(i));
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -297,7 +302,8 @@ __device__ __forceinline__ void nchw_apply(const Arguments& a, const Block& bloc
         scale[v] = stat.y * parameters.weight[c];
         bias[v] = parameters.bias[c];
       }
-      normalize(a, x[k], mean, scale, bias).store(static_cast<T*>(a.out) + group.whole + static_cast<int64_t>(i) * V);
+      normalize(a, x[k], mean, scale, bias)
+          .store(static_cast<T*>(a.out) + group.whole + static_cast<int64_t>(i) * V);
     }
   }
 }
@@ -312,12 +318,13 @@ __device__ __forceinline__ void merge_parts(const Arguments& a, const Block& blo
   for (uint32_t round = 0; round < groups; round += kWarps) {
     const uint32_t group = min(round + threadIdx.x / 32, groups - 1);
     const float total = a.cut.total * each;
-    const float2 moments = merge(a.cut.parts, total, 32, [&](uint32_t part, float& n, float& mean, float& m2) {
-      const float2 of = source(group, part);
-      n = a.cut.length(part) * each;
-      mean = of.x;
-      m2 = of.y;
-    });
+    const float2 moments =
+        merge(a.cut.parts, total, 32, [&](uint32_t part, float& n, float& mean, float& m2) {
+          const float2 of = source(group, part);
+          n = a.cut.length(part) * each;
+          mean = of.x;
+          m2 = of.y;
+        });
     if (threadIdx.x % 32 != 0 || round + threadIdx.x / 32 >= groups) continue;
     const float2 of = make_float2(moments.x, 1.0f / sqrtf(moments.y / total + a.eps));
     shared_at<float2>(a.stat)[group] = of;
@@ -347,7 +354,8 @@ __global__ void __launch_bounds__(kThreads, 2) one_kernel(const Arguments a) {
   }
   cluster_arrive();
   cluster_wait();
-  merge_parts<V, nhwc>(a, block, [&](uint32_t group, uint32_t part) { return received[part * groups + group]; });
+  merge_parts<V, nhwc>(a, block,
+                       [&](uint32_t group, uint32_t part) { return received[part * groups + group]; });
   if constexpr (nhwc)
     nhwc_apply<T, V>(a, block, true);
   else
@@ -411,11 +419,14 @@ struct Plan {
     const Plan plan{a.sizes};
     const auto bytes = [&](uint32_t slice) { return plan.bytes(slice); };
     a.cut = cluster_cut<nhwc>(a.sizes, batch, V, sizeof(T), plan.total(), bytes,
-                              widest_cluster(one_kernel<T, V, nhwc>, kThreads, kMostShared, exec.device), exec.device);
+                              widest_cluster(one_kernel<T, V, nhwc>, kThreads, kMostShared, exec.device),
+                              exec.device);
     if (a.cut.parts > 0) {
       const int64_t shared = lay_out(a, true);
-      launch(op, one_kernel<T, V, nhwc>,
-             {batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts), exec.stream}, a);
+      launch(
+          op, one_kernel<T, V, nhwc>,
+          {batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts), exec.stream},
+          a);
       return;
     }
     check_scratch(op, exec);
@@ -441,9 +452,27 @@ void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm&
   with_type(norm.h.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int V = 16 / sizeof(T);
-    Arguments a{norm.h.data, norm.h2.data, norm.residual.data, out.data, s.data, norm.weight, norm.bias, norm.shift,
-                mean, rstd, static_cast<float2*>(exec.scratch), static_cast<float>(norm.eps), norm.silu,
-                Sizes(norm, vectors ? V : 1), {}, 0, 0, 0, 0, 0, 0};
+    Arguments a{norm.h.data,
+                norm.h2.data,
+                norm.residual.data,
+                out.data,
+                s.data,
+                norm.weight,
+                norm.bias,
+                norm.shift,
+                mean,
+                rstd,
+                static_cast<float2*>(exec.scratch),
+                static_cast<float>(norm.eps),
+                norm.silu,
+                Sizes(norm, vectors ? V : 1),
+                {},
+                0,
+                0,
+                0,
+                0,
+                0,
+                0};
     const int64_t batch = norm.h.size[0];
     if (norm.h.channels_last())
       vectors ? Plan<T, V, true>::run(op, a, batch, exec) : Plan<T, 1, true>::run(op, a, batch, exec);

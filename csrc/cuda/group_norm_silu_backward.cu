@@ -1,17 +1,17 @@
-// group_norm_silu, backward. With x_hat = (s - mean) rstd, n = weight x_hat + bias, g = grad act'(n) and <.> the mean
-// over a group:
+// group_norm_silu, backward. With x_hat = (s - mean) rstd, n = weight x_hat + bias, g = grad act'(n) and <.>
+// the mean over a group:
 //     dh = (weight g - <weight g> - x_hat <weight g x_hat>) rstd (+ grad_s)
 //     dweight = sum g x_hat,  dbias = sum g,  dshift = sum dh
 // All of these follow from three sums a channel and sample: of g, of g x_hat and of x_hat.
 //
-// As in the forward, one kernel where a slice of h and grad fits into a cluster's shared memory, else two over as many
-// samples at a time as stay in L2; then one that sums dweight and dbias over the samples.
+// As in the forward, one kernel where a slice of h and grad fits into a cluster's shared memory, else two
+// over as many samples at a time as stay in L2; then one that sums dweight and dbias over the samples.
 #include "norm.cuh"
 
 namespace sr3fast::cuda {
 namespace {
 
-constexpr int kInFlight = 4;                // 16-byte loads of a thread, of h and of grad each
+constexpr int kInFlight = 4;  // 16-byte loads of a thread, of h and of grad each
 
 struct Sums {
   float g = 0.0f, gx = 0.0f, x = 0.0f;
@@ -22,9 +22,9 @@ struct Arguments {
   void *dh, *dh2;
   Vector weight, bias, shift;
   const float *mean, *rstd;
-  float *dshift;
-  float *totals;    // sums of g and of g x_hat: [2, B, C]
-  float *partials;  // of the parts, where a slice's blocks do not meet: [B, C, 3, parts]
+  float* dshift;
+  float* totals;    // sums of g and of g x_hat: [2, B, C]
+  float* partials;  // of the parts, where a slice's blocks do not meet: [B, C, 3, parts]
   bool silu;
   int64_t batch;
   Sizes sizes;
@@ -126,7 +126,10 @@ struct Nhwc {
   using Elements = Vec<T, V>;
 
   __device__ __forceinline__ Nhwc(const Arguments& a_, const Block& block_)
-      : a(a_), block(block_), begin(a_.cut.begin(block_.part)), length(a_.cut.length(block_.part)),
+      : a(a_),
+        block(block_),
+        begin(a_.cut.begin(block_.part)),
+        length(a_.cut.length(block_.part)),
         columns(a_.cut.slice) {}
 
   __device__ __forceinline__ T* kept_h() const { return shared_at<T>(a.data); }
@@ -174,7 +177,8 @@ struct Nhwc {
           }
           with_silu(a.silu, [&](auto silu) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) channel[v].template add<T, silu.value>(x[k].at(v), g[k].at(v), sums[v]);
+            for (int v = 0; v < V; ++v)
+              channel[v].template add<T, silu.value>(x[k].at(v), g[k].at(v), sums[v]);
           });
         }
       }
@@ -216,7 +220,8 @@ struct Nhwc {
         for (int k = 0; k < kInFlight; ++k) {
           if (k >= n) continue;
           const uint32_t pixel = p + k * columns.rows, at = pixel * a.cut.slice + column * V;
-          x[k] = one ? Elements::load(kept_h() + at) : Elements::load_constant(h + static_cast<int64_t>(pixel) * stride);
+          x[k] = one ? Elements::load(kept_h() + at)
+                     : Elements::load_constant(h + static_cast<int64_t>(pixel) * stride);
           g[k] = one ? Elements::load(kept_grad() + at)
                      : Elements::load_constant(grad + static_cast<int64_t>(pixel) * a.sizes.channels);
         }
@@ -238,7 +243,8 @@ struct Nhwc {
   }
 };
 
-// ---- NCHW: a slice is a group, a part some vectors of each of its channels. A team of lanes takes a piece of a channel.
+// ---- NCHW: a slice is a group, a part some vectors of each of its channels. A team of lanes takes a piece
+// of a channel.
 
 template <class T, int V>
 struct Nchw {
@@ -262,8 +268,8 @@ struct Nchw {
     piece = (length + pieces - 1) / pieces;
   }
 
-  // f(item, channel of the slice, first vector, end of the vectors) for this thread's share; every thread of a warp
-  // makes the same number of calls
+  // f(item, channel of the slice, first vector, end of the vectors) for this thread's share; every thread of
+  // a warp makes the same number of calls
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
     const uint32_t items = a.cut.slice * pieces, lane = threadIdx.x % lanes;
@@ -349,8 +355,10 @@ struct Nchw {
         for (int k = 0; k < kInFlight; ++k) {
           if (k >= n) continue;
           const uint32_t q = p + k * lanes, at = (i * a.cut.size + q) * V;
-          x[k] = one ? Elements::load(kept_h() + at) : Elements::load_constant(h + static_cast<int64_t>(q) * V);
-          g[k] = one ? Elements::load(kept_grad() + at) : Elements::load_constant(grad + static_cast<int64_t>(q) * V);
+          x[k] =
+              one ? Elements::load(kept_h() + at) : Elements::load_constant(h + static_cast<int64_t>(q) * V);
+          g[k] = one ? Elements::load(kept_grad() + at)
+                     : Elements::load_constant(grad + static_cast<int64_t>(q) * V);
         }
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
@@ -377,7 +385,8 @@ __device__ __forceinline__ void channel_sums(const Arguments& a, const Work& wor
   const float* partial = shared_at<float>(a.partial);
   const int lanes = team_for(a.cut.slice), teams = kThreads / lanes, lane = threadIdx.x % lanes;
   for (uint32_t round = 0; round < a.cut.slice; round += teams) {
-    const uint32_t i = min(round + threadIdx.x / lanes, a.cut.slice - 1);  // a team with none repeats the last
+    const uint32_t i =
+        min(round + threadIdx.x / lanes, a.cut.slice - 1);  // a team with none repeats the last
     Sums sums;
 #pragma unroll 4
     for (uint32_t k = lane; k < work.entries(); k += lanes) {
@@ -393,8 +402,8 @@ __device__ __forceinline__ void channel_sums(const Arguments& a, const Work& wor
   }
 }
 
-// Sums over a slice's parts, source(channel, part); from them the means of the slice's groups, in shared memory, and
-// what the slice's first block leaves behind: totals for dweight and dbias, and dshift.
+// Sums over a slice's parts, source(channel, part); from them the means of the slice's groups, in shared
+// memory, and what the slice's first block leaves behind: totals for dweight and dbias, and dshift.
 template <class Source>
 __device__ __forceinline__ const Means* merge_parts(const Arguments& a, const Block& block,
                                                     const Parameters& parameters, Source&& source) {
@@ -445,8 +454,9 @@ __device__ __forceinline__ const Means* merge_parts(const Arguments& a, const Bl
   if (a.dshift && block.part == 0) {
     for (uint32_t i = threadIdx.x; i < slice; i += kThreads) {
       const Means mean = means[a.sizes.by_width.quotient(i)];
-      a.dshift[c0 + i] = (parameters.weight[i] * total[i].g - a.sizes.pixels * mean.g - total[i].x * mean.gx) *
-                         parameters.rstd[i];
+      a.dshift[c0 + i] =
+          (parameters.weight[i] * total[i].g - a.sizes.pixels * mean.g - total[i].x * mean.gx) *
+          parameters.rstd[i];
     }
   }
   return means;
@@ -511,8 +521,8 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const Arguments a) {
 }
 
 // dweight and dbias: sums over the samples, 32 channels a block.
-__global__ void __launch_bounds__(kThreads) finish_kernel(const float* totals, int64_t batch, int64_t channels,
-                                                          float* dweight, float* dbias) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const float* totals, int64_t batch, int64_t channels, float* dweight, float* dbias) {
   float2* shared = shared_at<float2>(0);
   const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
   float g = 0.0f, gx = 0.0f;
@@ -561,32 +571,39 @@ struct Plan {
     const char* op = "group_norm_silu_backward";
     const Plan plan{a.sizes};
     const auto bytes = [&](uint32_t slice) { return plan.bytes(slice); };
-    a.cut = cluster_cut<nhwc>(a.sizes, a.batch, V, sizeof(T), plan.total(), bytes,
-                              widest_cluster(one_kernel<Work>, kThreads, kMostShared, exec.device), exec.device);
+    a.cut =
+        cluster_cut<nhwc>(a.sizes, a.batch, V, sizeof(T), plan.total(), bytes,
+                          widest_cluster(one_kernel<Work>, kThreads, kMostShared, exec.device), exec.device);
     if (a.cut.parts > 0) {
       const int64_t shared = lay_out(a, true);
       launch(op, one_kernel<Work>,
-             {a.batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts), exec.stream}, a);
+             {a.batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts),
+              exec.stream},
+             a);
     } else {
       a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(), bytes);
       const int64_t shared = lay_out(a, false);
       each_chunk(a.batch, a.sizes.channels * int64_t{a.sizes.pixels} * 2 * sizeof(T), exec.device,
                  [&](int64_t first, int64_t samples) {
                    a.first_sample = first;
-                   const Launch blocks{samples * a.cut.slices * a.cut.parts, kThreads, shared, 1, exec.stream};
+                   const Launch blocks{samples * a.cut.slices * a.cut.parts, kThreads, shared, 1,
+                                       exec.stream};
                    launch(op, sums_kernel<Work>, blocks, a);
                    launch(op, apply_kernel<Work>, blocks, a);
                  });
     }
-    launch(op, finish_kernel, {ceil_divide(a.sizes.channels, 32), kThreads, kThreads * sizeof(float2), 1, exec.stream},
-           static_cast<const float*>(a.totals), a.batch, static_cast<int64_t>(a.sizes.channels), dweight, dbias);
+    launch(op, finish_kernel,
+           {ceil_divide(a.sizes.channels, 32), kThreads, kThreads * sizeof(float2), 1, exec.stream},
+           static_cast<const float*>(a.totals), a.batch, static_cast<int64_t>(a.sizes.channels), dweight,
+           dbias);
   }
 };
 
 }  // namespace
 
 void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbias, float* dshift, Tensor grad,
-                              Tensor grad_s, const float* mean, const float* rstd, const Norm& norm, Exec exec) {
+                              Tensor grad_s, const float* mean, const float* rstd, const Norm& norm,
+                              Exec exec) {
   if (grad.numel() == 0) return;
   if (dshift && grad_s) throw std::runtime_error("group_norm_silu_backward: dshift does not count grad_s in");
   check_scratch("group_norm_silu_backward", exec);
@@ -598,13 +615,37 @@ void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbia
     const Sizes sizes(norm, vectors ? V : 1);
     const int64_t batch = norm.h.size[0];
     float* totals = static_cast<float*>(exec.scratch);
-    const Arguments a{norm.h.data, norm.h2.data, grad.data, grad_s.data, dh.data, dh2.data, norm.weight, norm.bias,
-                      norm.shift, mean, rstd, dshift, totals, totals + 2 * batch * sizes.channels, norm.silu, batch,
-                      sizes, {}, 0, 0, 0, 0, 0, 0, 0};
+    const Arguments a{norm.h.data,
+                      norm.h2.data,
+                      grad.data,
+                      grad_s.data,
+                      dh.data,
+                      dh2.data,
+                      norm.weight,
+                      norm.bias,
+                      norm.shift,
+                      mean,
+                      rstd,
+                      dshift,
+                      totals,
+                      totals + 2 * batch * sizes.channels,
+                      norm.silu,
+                      batch,
+                      sizes,
+                      {},
+                      0,
+                      0,
+                      0,
+                      0,
+                      0,
+                      0,
+                      0};
     if (norm.h.channels_last())
-      vectors ? Plan<T, V, true>::run(a, dweight, dbias, exec) : Plan<T, 1, true>::run(a, dweight, dbias, exec);
+      vectors ? Plan<T, V, true>::run(a, dweight, dbias, exec)
+              : Plan<T, 1, true>::run(a, dweight, dbias, exec);
     else
-      vectors ? Plan<T, V, false>::run(a, dweight, dbias, exec) : Plan<T, 1, false>::run(a, dweight, dbias, exec);
+      vectors ? Plan<T, V, false>::run(a, dweight, dbias, exec)
+              : Plan<T, 1, false>::run(a, dweight, dbias, exec);
   });
 }
 

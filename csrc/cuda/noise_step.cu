@@ -1,4 +1,5 @@
-// noise, refine and solver_step. Compile with --fmad=false: every operation rounds by itself (row.h, noise.h).
+// noise, refine and solver_step. Compile with --fmad=false: every operation rounds by itself (row.h,
+// noise.h).
 #include "tile.cuh"
 
 namespace sr3fast::cuda {
@@ -46,7 +47,8 @@ struct StepArguments {
 constexpr int kRowBytes = 48;  // a row in shared memory, and what comes after it aligned for vectors
 static_assert(sizeof(Row) <= kRowBytes, "a row fits");
 
-// E is eps_hat's type: a quad is 16 bytes of y and 16 or 8 of eps_hat, and a warp's quads lie side by side in both.
+// E is eps_hat's type: a quad is 16 bytes of y and 16 or 8 of eps_hat, and a warp's quads lie side by side in
+// both.
 template <class E, bool direct>
 __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArguments a) {
   const Tile<4> tile(a.range);
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArgument
 #pragma unroll
   for (int u = 0; u < kQuads; ++u) y_raw[u] = load_quad(a.y, u);
 #pragma unroll
-  for (int u = 0; u < kQuads; ++u) 
+  for (int u = 0; u < kQuads; ++u)
     f_raw[u] = load<E, 4, true>(a.eps_hat, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole);
 
   // in shared memory, out of the way of the noise's registers
@@ -122,9 +124,9 @@ __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArgument
   }
 }
 
-void step(const char* op, Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Scalar<Row> row, bool paper,
-          Scalar<double> alpha, Scalar<double> gamma, Seeds seed, Scalar<int64_t> t, Tensor m1, Tensor m2, Tensor z,
-          Origin origin, const Exec& exec) {
+void step(const char* op, Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Scalar<Row> row,
+          bool paper, Scalar<double> alpha, Scalar<double> gamma, Seeds seed, Scalar<int64_t> t, Tensor m1,
+          Tensor m2, Tensor z, Origin origin, const Exec& exec) {
   const OnDevice on(exec.device);
   const Draw draw(y, seed, t, kRefine, origin);
   each_range(y, [&](const Range& range) {
@@ -146,12 +148,13 @@ void noise(Tensor out, Seeds seed, Scalar<int64_t> step, uint32_t domain, Origin
   const Draw draw(out, seed, step, domain, origin);
   each_range(out, [&](const Range& range) {
     const NoiseArguments a{range, draw, View(out, range, 4)};
-    launch("noise", draw.direct ? noise_kernel<true> : noise_kernel<false>, tiles(range, draw.direct, 0, exec), a);
+    launch("noise", draw.direct ? noise_kernel<true> : noise_kernel<false>,
+           tiles(range, draw.direct, 0, exec), a);
   });
 }
 
-void refine(Tensor out, Tensor into, Tensor y, Tensor eps_hat, Scalar<double> alpha, Scalar<double> gamma, Seeds seed,
-            Scalar<int64_t> t, Tensor z, Origin origin, Exec exec) {
+void refine(Tensor out, Tensor into, Tensor y, Tensor eps_hat, Scalar<double> alpha, Scalar<double> gamma,
+            Seeds seed, Scalar<int64_t> t, Tensor z, Origin origin, Exec exec) {
   Scalar<Row> row;
   const bool paper = alpha.device || gamma.device || t.device;
   if (!paper) row.value = refine_row(alpha.value, gamma.value, t.value);

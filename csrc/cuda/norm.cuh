@@ -1,8 +1,8 @@
 // What GroupNorm's kernels share, forward and backward: how a tensor is cut up, and moments.
 //
-// A block takes a part of a slice: in channels_last a range of pixels of some whole groups' channels, in NCHW a range
-// of one group's elements. Sums of its threads, then of a slice's blocks, are merged in an order that the sizes alone
-// decide, so results are deterministic.
+// A block takes a part of a slice: in channels_last a range of pixels of some whole groups' channels, in NCHW
+// a range of one group's elements. Sums of its threads, then of a slice's blocks, are merged in an order that
+// the sizes alone decide, so results are deterministic.
 #pragma once
 
 #include <initializer_list>
@@ -41,7 +41,7 @@ struct Sizes {
   uint32_t channels, first, pixels;  // C; of them in h, the rest in h2; H W
   uint32_t groups, width;            // width = C / groups
   Divide by_width;
-  Divide by_row;  // NCHW: vectors of a channel
+  Divide by_row;  // NCHW: vectors of a channel; of no use in channels_last
 
   Sizes(const Norm& norm, int elements)
       : channels(static_cast<uint32_t>(norm.h.size[1] + (norm.h2 ? norm.h2.size[1] : 0))),
@@ -50,7 +50,7 @@ struct Sizes {
         groups(static_cast<uint32_t>(norm.groups)),
         width(channels / groups),
         by_width(width),
-        by_row(pixels / elements) {}
+        by_row(pixels % elements == 0 ? pixels / elements : 1) {}
 };
 
 // h or h2, whichever has the channel.
@@ -71,13 +71,15 @@ struct Pair {
   }
 };
 
-// channels_last: a thread has the vector of channels `column` of every `rows`-th pixel from `row` on, then the next
-// column `step` further where a slice has more columns than a block has threads.
+// channels_last: a thread has the vector of channels `column` of every `rows`-th pixel from `row` on, then
+// the next column `step` further where a slice has more columns than a block has threads.
 template <int V>
 struct Columns {
   uint32_t count, column, step, rows, row;
 
-  static SR3FAST_HD uint32_t rows_of(uint32_t slice) { return slice / V < kThreads ? kThreads / (slice / V) : 1; }
+  static SR3FAST_HD uint32_t rows_of(uint32_t slice) {
+    return slice / V < kThreads ? kThreads / (slice / V) : 1;
+  }
   __device__ __forceinline__ explicit Columns(uint32_t slice) : count(slice / V) {
     rows = rows_of(slice);
     const bool fits = count < kThreads;
@@ -108,7 +110,8 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
 // Lanes that share the merging of one item, where a block merges `items`: 8, 16 or 32.
 SR3FAST_HD int team_for(uint32_t items) { return items >= 32 ? 8 : items >= 16 ? 16 : 32; }
 
-// Chan's formula for many at once: n, mean and M2 of lanes' items i, each item(i, n, mean, m2), merged over the team.
+// Chan's formula for many at once: n, mean and M2 of lanes' items i, each item(i, n, mean, m2), merged over
+// the team.
 template <class Item>
 __device__ __forceinline__ float2 merge(uint32_t items, float total, int lanes, Item&& item) {
   const uint32_t lane = threadIdx.x % lanes;
@@ -136,7 +139,8 @@ struct Running {
 
   template <bool all, int K, class Element>
   __device__ __forceinline__ void add_some(int n, Element&& element) {
-    const float added = all ? K : n, share = added / (count + added), spread = count * share, inverse = 1.0f / added;
+    const float added = all ? K : n, share = added / (count + added), spread = count * share,
+                inverse = 1.0f / added;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       float x[K], sum = 0.0f, squares = 0.0f;
@@ -167,8 +171,10 @@ struct Running {
 
 template <class T>
 __device__ __forceinline__ float sigmoid(float x) {
-  if (sizeof(T) == 2) return reciprocal_fast(1.0f + exp2_fast(x * -1.44269504f));  // far below a half's rounding
-  const float d = 1.0f + expf(-fmaxf(x, -87.0f)), r = reciprocal_fast(d);  // d stays finite for the Newton step
+  if (sizeof(T) == 2)
+    return reciprocal_fast(1.0f + exp2_fast(x * -1.44269504f));  // far below a half's rounding
+  const float d = 1.0f + expf(-fmaxf(x, -87.0f)),
+              r = reciprocal_fast(d);  // d stays finite for the Newton step
   return r + r * (1.0f - d * r);
 }
 
@@ -187,7 +193,8 @@ __device__ __forceinline__ X* shared_at(uint32_t offset) {
   return reinterpret_cast<X*>(shared_memory() + offset);
 }
 
-// The elements of a vector: 16 bytes where every row (NCHW) or pixel (channels_last) starts at a multiple of that, or one.
+// The elements of a vector: 16 bytes where every row (NCHW) or pixel (channels_last) starts at a multiple of
+// that, or one.
 inline bool vectors_fit(const Norm& norm, std::initializer_list<const void*> others) {
   const int64_t n = 16 / (norm.h.dtype == Dtype::f32 ? 4 : 2);
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
@@ -203,7 +210,8 @@ inline bool vectors_fit(const Norm& norm, std::initializer_list<const void*> oth
 constexpr int64_t kBlockBytes = 64 * 1024;   // kept in a block's shared memory: two blocks a multiprocessor
 constexpr int64_t kLeastBytes = 4 * 1024;    // in each block of a cluster
 constexpr int64_t kMostShared = 110 * 1024;  // of such a block in all, for two blocks a multiprocessor
-constexpr int64_t kChunkBytes = 30 << 20;    // in L2 from one kernel to the next, or half of L2 where that is less
+constexpr int64_t kChunkBytes =
+    30 << 20;  // in L2 from one kernel to the next, or half of L2 where that is less
 
 // Most parts of a slice, for the size of the scratch memory.
 constexpr int64_t most_parts(int64_t pixels) {
@@ -221,22 +229,24 @@ inline Cut cut_into(uint32_t channels, uint32_t slice, uint32_t total, int64_t p
   return cut;
 }
 
-// Whether a channels_last slice is whole groups, whole runs of `run` channels and a whole part of the channels.
+// Whether a channels_last slice is whole groups, whole runs of `run` channels and a whole part of the
+// channels.
 inline bool slice_fits(const Sizes& s, uint32_t slice, uint32_t run) {
   return slice == s.channels || (slice % s.width == 0 && slice % run == 0 && s.channels % slice == 0);
 }
 
-// Slice and cluster where one kernel does the work: a slice of `total` pixels or vectors, bytes(slice) in each, in the
-// shared memory of a cluster's blocks. The smallest cluster and widest slice that fill the device, or as many blocks as
-// there can be. parts = 0 where a slice does not fit.
+// Slice and cluster where one kernel does the work: a slice of `total` pixels or vectors, bytes(slice) in
+// each, in the shared memory of a cluster's blocks. The smallest cluster and widest slice that fill the
+// device, or as many blocks as there can be. parts = 0 where a slice does not fit.
 template <bool nhwc, class Bytes>
-Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, uint32_t total, Bytes&& bytes, int widest,
-                int device) {
+Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, uint32_t total, Bytes&& bytes,
+                int widest, int device) {
   const int64_t enough = 2 * attribute(cudaDevAttrMultiProcessorCount, device);
   Cut best{};
   int64_t best_blocks = 0;
   // whole 32-byte sectors of memory for each block, or at least whole vectors
-  for (const uint32_t run : {static_cast<uint32_t>(vector > 1 ? 32 / element_bytes : 1), static_cast<uint32_t>(vector)}) {
+  for (const uint32_t run :
+       {static_cast<uint32_t>(vector > 1 ? 32 / element_bytes : 1), static_cast<uint32_t>(vector)}) {
     for (int64_t cluster = 1; cluster <= widest && best_blocks < enough; cluster *= 2) {
       for (uint32_t slices = 1; slices <= s.groups && best_blocks < enough; ++slices) {
         const uint32_t slice = s.channels / slices;
@@ -270,15 +280,17 @@ template <class F>
 void each_chunk(int64_t batch, int64_t sample_bytes, int device, F&& f) {
   const int64_t half = attribute(cudaDevAttrL2CacheSize, device) / 2;
   const int64_t fit = (half < kChunkBytes ? half : kChunkBytes) / sample_bytes, chunk = fit < 1 ? 1 : fit;
-  for (int64_t first = 0; first < batch; first += chunk) f(first, batch - first < chunk ? batch - first : chunk);
+  for (int64_t first = 0; first < batch; first += chunk)
+    f(first, batch - first < chunk ? batch - first : chunk);
 }
 
 inline void check_scratch(const char* op, const Exec& exec) {
-  if (!exec.scratch) throw std::runtime_error(std::string(op) + ": Exec::scratch must point to scratch_bytes()");
+  if (!exec.scratch)
+    throw std::runtime_error(std::string(op) + ": Exec::scratch must point to scratch_bytes()");
 }
 
-// Floats of scratch memory for a channel of a sample: the backward's three sums for each part, and two in all. The
-// forward's two moments for each part of a group are fewer.
+// Floats of scratch memory for a channel of a sample: the backward's three sums for each part, and two in
+// all. The forward's two moments for each part of a group are fewer.
 constexpr int64_t scratch_floats(int64_t pixels) { return 3 * most_parts(pixels) + 2; }
 
 }  // namespace sr3fast::cuda

@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kMaxThreads, 4) q_sample_kernel(const Argument
       first = a.range.place(tile.start).at[3];
       last = a.range.place(tile.start + tile.count - 1).at[3];
     }
-    for (uint32_t b = first + threadIdx.x; b <= last; b += blockDim.x) mixes[b - first] = q_sample_mix(a.gamma[b]);
+    for (uint32_t b = first + threadIdx.x; b <= last; b += blockDim.x)
+      mixes[b - first] = q_sample_mix(a.gamma[b]);
   }
   const auto step = static_cast<uint32_t>(a.draw.step.read());
   if (!direct && !a.eps) a.draw.in_shared(a.range, tile.start, tile.count, step, shared_z);
@@ -84,21 +85,31 @@ __global__ void __launch_bounds__(kMaxThreads, 4) q_sample_kernel(const Argument
 int mix_bytes(const Tensor& y_0, bool per_sample) {
   const int64_t sample = y_0.numel() / y_0.size[0], tile = kMaxThreads * kThreadElements;
   const int64_t touched = per_sample ? ceil_divide(tile, sample) + 1 : 1;
-  return static_cast<int>(ceil_divide((touched < y_0.size[0] ? touched : y_0.size[0]) * sizeof(Mix), 16) * 16);
+  return static_cast<int>(ceil_divide((touched < y_0.size[0] ? touched : y_0.size[0]) * sizeof(Mix), 16) *
+                          16);
 }
 
 }  // namespace
 
-void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double> gamma, bool gamma_per_sample,
-              Seeds seed, Scalar<int64_t> step, Tensor eps, Origin origin, Exec exec) {
+void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double> gamma,
+              bool gamma_per_sample, Seeds seed, Scalar<int64_t> step, Tensor eps, Origin origin, Exec exec) {
   const OnDevice on(exec.device);
   const Draw draw(y_0, seed, step, kTrain, origin);
   each_range(y_0, [&](const Range& range) {
     with_type(y_0.dtype, [&](auto zero) {
       using T = decltype(zero);
       const auto view = [&](const Tensor& t) { return View(t, range, 16 / sizeof(T)); };
-      Arguments a{range, draw, view(out), view(eps_out), view(into), view(y_0), view(eps), {}, gamma.device,
-                  gamma_per_sample, gamma.device ? mix_bytes(y_0, gamma_per_sample) : 0};
+      Arguments a{range,
+                  draw,
+                  view(out),
+                  view(eps_out),
+                  view(into),
+                  view(y_0),
+                  view(eps),
+                  {},
+                  gamma.device,
+                  gamma_per_sample,
+                  gamma.device ? mix_bytes(y_0, gamma_per_sample) : 0};
       if (!gamma.device) a.mix = q_sample_mix(gamma.value);
       launch("q_sample", draw.direct ? q_sample_kernel<T, true> : q_sample_kernel<T, false>,
              tiles(range, draw.direct, a.mix_bytes, exec), a);

@@ -1,9 +1,9 @@
 // Dense tensors cut into tiles of consecutive elements, whatever the layout, and the noise of a tile.
 //
-// Noise comes in quads of pixels along w. Where a quad is 4 neighbours in memory, 4-aligned there and in the image
-// (NCHW; W and the origin multiples of 4), a thread draws what it needs into registers. Anything else (rows that end
-// inside a quad, channels_last) is drawn quad by quad into shared memory, in memory order, and read back from there.
-// So global memory is read and written in whole vectors either way.
+// Noise comes in quads of pixels along w. Where a quad is 4 neighbours in memory, 4-aligned there and in the
+// image (NCHW; W and the origin multiples of 4), a thread draws what it needs into registers. Anything else
+// (rows that end inside a quad, channels_last) is drawn quad by quad into shared memory, in memory order, and
+// read back from there. So global memory is read and written in whole vectors either way.
 #pragma once
 
 #include "../common/divide.h"
@@ -17,7 +17,8 @@ constexpr int kMaxThreads = 256;
 #if defined(SR3FAST_EMULATE)
 constexpr int64_t kLaunchElements = 1 << 13;
 #else
-constexpr int64_t kLaunchElements = int64_t{1} << 30;  // of one launch: indices within it have 31 bits to divide
+constexpr int64_t kLaunchElements = int64_t{1}
+                                    << 30;  // of one launch: indices within it have 31 bits to divide
 #endif
 
 // Place of an element, sizes fastest first: W H C B, or C W H B in channels_last.
@@ -130,7 +131,8 @@ struct View {
 
 // Elements i .. i + valid of a range; whole: the tile is, so that vectors may be read.
 template <class T, int N, bool strides = false>
-__device__ __forceinline__ Vec<T, N> load(const View& from, const Range& range, uint32_t i, int valid, bool whole) {
+__device__ __forceinline__ Vec<T, N> load(const View& from, const Range& range, uint32_t i, int valid,
+                                          bool whole) {
   const T* data = reinterpret_cast<const T*>(from.data);
   if (whole && from.vectors) return Vec<T, N>::load(data + range.first + i);
   int64_t offset[N];
@@ -159,15 +161,21 @@ __device__ __forceinline__ void store(const View& to, const Range& range, uint32
 
 // into a tensor of any type and strides
 template <int N>
-__device__ __forceinline__ void store_any(const View& to, const Range& range, uint32_t i, int valid, bool whole,
-                                          const float (&x)[N]) {
+__device__ __forceinline__ void store_any(const View& to, const Range& range, uint32_t i, int valid,
+                                          bool whole, const float (&x)[N]) {
 #pragma unroll
   for (int k = 0; k < N; k += 4) {
     const float quad[4] = {x[k], x[k + 1], x[k + 2], x[k + 3]};
     switch (to.dtype) {
-      case Dtype::f32: store<float, true>(to, range, i + k, valid - k, whole, quad); break;
-      case Dtype::f16: store<f16, true>(to, range, i + k, valid - k, whole, quad); break;
-      case Dtype::bf16: store<bf16, true>(to, range, i + k, valid - k, whole, quad); break;
+      case Dtype::f32:
+        store<float, true>(to, range, i + k, valid - k, whole, quad);
+        break;
+      case Dtype::f16:
+        store<f16, true>(to, range, i + k, valid - k, whole, quad);
+        break;
+      case Dtype::bf16:
+        store<bf16, true>(to, range, i + k, valid - k, whole, quad);
+        break;
     }
   }
 }
@@ -201,7 +209,8 @@ struct Draw {
   }
 
   // elements i .. i + count into z, by the whole block; a barrier must follow
-  __device__ __forceinline__ void in_shared(const Range& range, uint32_t i, int count, uint32_t t, float* z) const {
+  __device__ __forceinline__ void in_shared(const Range& range, uint32_t i, int count, uint32_t t,
+                                            float* z) const {
     // rows of w; in channels_last `inner` channels within a pixel, in NCHW one
     const bool nhwc = range.channels_last;
     const Place p = range.place(i);

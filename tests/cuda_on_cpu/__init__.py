@@ -18,7 +18,8 @@ from sr3fast import native
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc" / "cuda"
 FLAGS = (
-    *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-x", "c++", "-DSR3FAST_EMULATE", f"-I{HERE}", "-ffp-contract=off"),
+    *("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE"),
+    *("-DSR3FAST_EMULATE", f"-I{HERE}"),
     *("-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
     # a misaligned vector, an index out of an array or an overflow stops the process
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
@@ -109,12 +110,18 @@ def _vector(vector) -> _Vector:
     return _Vector() if vector is None else _Vector(*vector)
 
 
+def _norm(h, h2, residual, weight, bias, shift, groups, eps, silu) -> _Norm:
+    images = (_tensor(t) for t in (h, h2, residual))
+    return _Norm(*images, *(_vector(v) for v in (weight, bias, shift)), groups, eps, silu)
+
+
 class Functions:
     """What `sr3fast._C.cuda` offers, from the emulated library."""
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
         self._library.scratch_bytes.restype = ctypes.c_int64
+        self._library.quotient.restype = ctypes.c_uint32
         self.in_memory = False  # scalars are read by the kernel, as from device memory
 
     def schedule(self, order: int) -> None:
@@ -129,6 +136,10 @@ class Functions:
     @property
     def largest_cluster(self) -> int:
         return self._library.emulate_largest_cluster()
+
+    def quotient(self, n: int, divisor: int) -> int:
+        """csrc/common/divide.h"""
+        return self._library.quotient(ctypes.c_uint32(n), ctypes.c_int64(divisor))
 
     def scratch_bytes(self, *shape: int) -> int:
         return self._library.scratch_bytes(*(ctypes.c_int64(n) for n in shape))
@@ -184,13 +195,13 @@ class Functions:
         )
 
     def group_norm_silu(self, out, s, mean, rstd, h, h2, residual, weight, bias, shift, groups, eps, silu, on):
-        norm = _Norm(*(_tensor(t) for t in (h, h2, residual)), *(_vector(v) for v in (weight, bias, shift)), groups, eps, silu)
+        norm = _norm(h, h2, residual, weight, bias, shift, groups, eps, silu)
         self._call("group_norm_silu", _tensor(out), _tensor(s), *_addresses(mean, rstd), norm, _Exec(*on))
 
     def group_norm_silu_backward(
         self, dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd, h, h2, weight, bias, shift, groups, silu, on
     ):
-        norm = _Norm(*(_tensor(t) for t in (h, h2, None)), *(_vector(v) for v in (weight, bias, shift)), groups, 0.0, silu)
+        norm = _norm(h, h2, None, weight, bias, shift, groups, 0.0, silu)
         self._call(
             "group_norm_silu_backward",
             *(_tensor(dh), _tensor(dh2), *_addresses(dweight, dbias, dshift), _tensor(grad), _tensor(grad_s)),

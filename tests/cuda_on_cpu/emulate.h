@@ -1,7 +1,8 @@
-// A GPU for one CPU thread: csrc/cuda compiles against this in place of CUDA's headers, so that a machine without a
-// GPU runs the kernels themselves. Every CUDA thread is a fiber, which gives way at barriers and shuffles only; a
-// cluster's blocks run side by side, clusters one after another. Shared memory starts as NaN. The order in which
-// threads run can be turned round or shuffled: results that depend on it lack a barrier.
+// A GPU for one CPU thread: csrc/cuda compiles against this in place of CUDA's headers, so that a machine
+// without a GPU runs the kernels themselves. Every CUDA thread is a fiber, which gives way at barriers and
+// shuffles only; a cluster's blocks run side by side, clusters one after another. Shared memory starts as
+// NaN. The order in which threads run can be turned round or shuffled: results that depend on it lack a
+// barrier.
 #pragma once
 
 #include <setjmp.h>
@@ -212,7 +213,8 @@ inline void run_cluster(unsigned first, unsigned size, unsigned threads, size_t 
     }
     if (!moved) fail("every thread waits: a barrier that some threads never reach");
     if (std::none_of(fibers.begin(), fibers.end(), [](Fiber* f) { return f->done; })) continue;
-    fibers.erase(std::remove_if(fibers.begin(), fibers.end(), [](Fiber* f) { return f->done; }), fibers.end());
+    fibers.erase(std::remove_if(fibers.begin(), fibers.end(), [](Fiber* f) { return f->done; }),
+                 fibers.end());
   }
 }
 
@@ -273,23 +275,27 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int d
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* c) {
-  *clusters = c->attrs->val.clusterDim.x <= static_cast<unsigned>(emulate::devices[emulate::device].widest_cluster);
+  *clusters =
+      c->attrs->val.clusterDim.x <= static_cast<unsigned>(emulate::devices[emulate::device].widest_cluster);
   return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Parameters...), const Arguments&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
   const unsigned size = c->numAttrs ? c->attrs->val.clusterDim.x : 1;
   if (c->gridDim.x == 0 || c->gridDim.x % size != 0 || c->blockDim.x == 0 || c->blockDim.x > 1024 ||
       c->dynamicSmemBytes > static_cast<size_t>(emulate::devices[emulate::device].shared) ||
-      (size > 1 && (emulate::devices[emulate::device].capability < 9 || size > static_cast<unsigned>(emulate::devices[emulate::device].widest_cluster))))
+      (size > 1 && (emulate::devices[emulate::device].capability < 9 ||
+                    size > static_cast<unsigned>(emulate::devices[emulate::device].widest_cluster))))
     return cudaErrorInvalidValue;
   ++emulate::launches;
   emulate::largest_cluster = std::max(emulate::largest_cluster, static_cast<int>(size));
   gridDim = c->gridDim;
   blockDim = c->blockDim;
   emulate::body = [&] { kernel(arguments...); };
-  for (unsigned i = 0; i < gridDim.x; i += size) emulate::run_cluster(i, size, blockDim.x, c->dynamicSmemBytes);
+  for (unsigned i = 0; i < gridDim.x; i += size)
+    emulate::run_cluster(i, size, blockDim.x, c->dynamicSmemBytes);
   return cudaSuccess;
 }
 
