@@ -122,7 +122,7 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
     }
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      partial[columns.row * a.cut.slice + column * V + v] = make_float2(running.mean[v], running.m2[v]);
+      partial[columns.place(columns.row, column * V + v)] = make_float2(running.mean[v], running.m2[v]);
   }
   const Parameters parameters(a);
   parameters.load(a, block);
@@ -137,7 +137,7 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
                                  [&](uint32_t i, float& n, float& mean, float& m2) {
                                    const uint32_t row = a.sizes.by_width.quotient(i),
                                                   c = group * a.sizes.width + i - row * a.sizes.width;
-                                   const float2 of = partial[row * a.cut.slice + c];
+                                   const float2 of = partial[columns.place(row, c)];
                                    n = static_cast<float>((length - row - 1) / columns.rows + 1);
                                    mean = of.x + parameters.shift[c];  // a shift only moves the mean
                                    m2 = of.y;
@@ -407,8 +407,8 @@ struct Plan {
     Layout layout;
     const uint32_t slice = a.cut.slice, groups = slice / a.sizes.width;
     if (one) a.data = layout.add(a.cut.size * Plan{a.sizes}.bytes(slice));
-    a.partial = layout.add(nhwc ? int64_t{Columns<V>::rows_of(slice)} * slice * sizeof(float2)
-                                : 2 * kWarps * sizeof(float));
+    a.partial =
+        layout.add(nhwc ? int64_t{Columns<V>::places(slice)} * sizeof(float2) : 2 * kWarps * sizeof(float));
     a.parameters = layout.add(int64_t{3} * slice * sizeof(float));
     if (one) a.received = layout.add(int64_t{a.cut.parts} * groups * sizeof(float2));
     a.stat = layout.add(groups * sizeof(float2));
@@ -421,12 +421,12 @@ struct Plan {
     a.cut = cluster_cut<nhwc>(a.sizes, batch, V, sizeof(T), plan.total(), bytes,
                               widest_cluster(one_kernel<T, V, nhwc>, kThreads, kMostShared, exec.device),
                               exec.device);
-    if (a.cut.parts > 0) {
-      const int64_t shared = lay_out(a, true);
-      launch(
-          op, one_kernel<T, V, nhwc>,
-          {batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts), exec.stream},
-          a);
+    const int64_t shared_by_one = a.cut.parts > 0 ? lay_out(a, true) : 0;
+    if (a.cut.parts > 0 && shared_by_one <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) {
+      launch(op, one_kernel<T, V, nhwc>,
+             {batch * a.cut.slices * a.cut.parts, kThreads, shared_by_one, static_cast<int>(a.cut.parts),
+              exec.stream},
+             a);
       return;
     }
     check_scratch(op, exec);

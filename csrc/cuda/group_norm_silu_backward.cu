@@ -146,7 +146,6 @@ struct Nhwc {
   template <bool one>
   __device__ __forceinline__ void sums(const Parameters& parameters) const {
     float* partial = shared_at<float>(a.partial);
-    const uint32_t plane = columns.rows * a.cut.slice;
     for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
       const uint32_t c = block.slice * a.cut.slice + column * V;
       uint32_t stride;
@@ -184,17 +183,17 @@ struct Nhwc {
       }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const uint32_t at = columns.row * a.cut.slice + column * V + v;
+        const uint32_t at = entry(column * V + v, columns.row);
         partial[at] = sums[v].g;
-        partial[plane + at] = sums[v].gx;
-        partial[2 * plane + at] = sums[v].x;
+        partial[plane() + at] = sums[v].gx;
+        partial[2 * plane() + at] = sums[v].x;
       }
     }
   }
   // and their number and places for channel i of the slice
   __device__ __forceinline__ uint32_t entries() const { return columns.rows; }
-  __device__ __forceinline__ uint32_t plane() const { return columns.rows * a.cut.slice; }
-  __device__ __forceinline__ uint32_t entry(uint32_t i, uint32_t row) const { return row * a.cut.slice + i; }
+  __device__ __forceinline__ uint32_t plane() const { return Columns<V>::places(a.cut.slice); }
+  __device__ __forceinline__ uint32_t entry(uint32_t i, uint32_t row) const { return columns.place(row, i); }
 
   template <bool one>
   __device__ __forceinline__ void apply(const Parameters& parameters, const Means* means) const {
@@ -557,9 +556,10 @@ struct Plan {
   static int64_t lay_out(Arguments& a, bool one) {
     Layout layout;
     const uint32_t slice = a.cut.slice;
-    const uint32_t entries = nhwc ? Columns<V>::rows_of(slice) : Nchw<T, V>::pieces_for(a.cut.size, slice);
+    const uint32_t places =
+        nhwc ? Columns<V>::places(slice) : slice * Nchw<T, V>::pieces_for(a.cut.size, slice);
     if (one) a.data = layout.add(a.cut.size * Plan{a.sizes}.bytes(slice));
-    a.partial = layout.add(int64_t{entries} * slice * sizeof(Sums));
+    a.partial = layout.add(int64_t{places} * sizeof(Sums));
     a.parameters = layout.add(int64_t{4} * slice * sizeof(float));
     if (one) a.received = layout.add(int64_t{a.cut.parts} * slice * sizeof(Sums));
     a.total = layout.add(int64_t{slice} * sizeof(Sums));
@@ -574,10 +574,10 @@ struct Plan {
     a.cut =
         cluster_cut<nhwc>(a.sizes, a.batch, V, sizeof(T), plan.total(), bytes,
                           widest_cluster(one_kernel<Work>, kThreads, kMostShared, exec.device), exec.device);
-    if (a.cut.parts > 0) {
-      const int64_t shared = lay_out(a, true);
+    const int64_t shared_by_one = a.cut.parts > 0 ? lay_out(a, true) : 0;
+    if (a.cut.parts > 0 && shared_by_one <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) {
       launch(op, one_kernel<Work>,
-             {a.batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts),
+             {a.batch * a.cut.slices * a.cut.parts, kThreads, shared_by_one, static_cast<int>(a.cut.parts),
               exec.stream},
              a);
     } else {

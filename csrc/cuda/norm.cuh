@@ -50,7 +50,12 @@ struct Sizes {
         groups(static_cast<uint32_t>(norm.groups)),
         width(channels / groups),
         by_width(width),
-        by_row(pixels % elements == 0 ? pixels / elements : 1) {}
+        by_row(pixels % elements == 0 ? pixels / elements : 1) {
+    const int64_t size = int64_t{width} * norm.h.size[2] * norm.h.size[3] / elements;
+    if (size >= int64_t{1} << 31)
+      throw std::runtime_error("a group must hold fewer than 2^31 vectors: got " + std::to_string(size) +
+                               " of " + std::to_string(elements) + " elements");
+  }
 };
 
 // h or h2, whichever has the channel.
@@ -87,6 +92,13 @@ struct Columns {
     step = fits ? count : kThreads;
     row = fits ? threadIdx.x / count : 0;
     if (row >= rows) column = count;  // nothing to do
+  }
+
+  // What every row has for each channel, in shared memory: neighbouring threads write side by side, and the
+  // odd number between two channels of a vector keeps their readers apart too.
+  static SR3FAST_HD uint32_t places(uint32_t slice) { return V * (rows_of(slice) * (slice / V) + 1); }
+  __device__ __forceinline__ uint32_t place(uint32_t row_, uint32_t channel) const {
+    return channel % V * (rows * count + 1) + row_ * count + channel / V;
   }
 };
 
