@@ -41,10 +41,11 @@ class Measured:
         for name, start in variants(unet, x).items():
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             self.runs[name] = start()
             next(self.runs[name])
             if CUDA:
-                self.memory[name] = torch.cuda.max_memory_allocated()
+                self.memory[name] = torch.cuda.max_memory_allocated() - before
         self.times = interleaved(self.runs, rounds=9, steps=10 if CUDA else 1)
         self.seconds = {name: statistics.median(t) for name, t in self.times.items()}
         self.runs.clear()
@@ -94,7 +95,7 @@ def test_sampling(benchmark, measured, results, name):
         relative_error=measured.errors.get(name.removeprefix("sr3fast ")) if "sr3fast" in name else None,
     )
     results.add(
-        f"sampling-{DEVICE}",
+        f"sampling-compile-{DEVICE}" if "compile" in name else f"sampling-{DEVICE}",
         implementation=name,
         batch=measured.batch,
         size=measured.size,

@@ -24,7 +24,9 @@ def homes():
 
 def pytest_generate_tests(metafunc):
     if "home" in metafunc.fixturenames:
-        metafunc.parametrize("home", homes(), ids=lambda h: f"{h[0]}-{h[1]}", indirect=True)
+        marks = {"cuda": (pytest.mark.gpu,), "cpu": ()}
+        params = [pytest.param(h, marks=marks[h[1]], id=f"{h[0]}-{h[1]}") for h in homes()]
+        metafunc.parametrize("home", params, indirect=True)
 
 
 @pytest.fixture

@@ -1,0 +1,153 @@
+"""Measuring: alternation, medians, agreement, and the table and JSON file that come out of it.
+
+    pytest benchmarks/ --benchmark-only            OUT=folder for the JSON (benchmarks/results)
+                                                   SR3FAST_BENCH_COMPILE=0 leaves torch.compile out
+
+Shared machines drift, so the contestants run in turn, one call each a round, and a figure is a median. On a GPU a
+call is timed by CUDA events and the inputs rotate past the L2 cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from environment import environment
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+L2_BYTES = 128 << 20  # more than twice the L2 of an H200
+
+
+def compile_wanted() -> bool:
+    """torch.compile is measured where a compiler is, unless SR3FAST_BENCH_COMPILE says otherwise."""
+    compiler = DEVICE.type == "cuda" or shutil.which("c++") or shutil.which("g++")
+    return os.environ.get("SR3FAST_BENCH_COMPILE", "1" if compiler else "0") == "1"
+
+
+class Timer:
+    """Milliseconds of one call."""
+
+    def __init__(self, device: torch.device = DEVICE):
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, f: Callable[[], Any]) -> float:
+        if self.cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            f()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+        begin = time.perf_counter()
+        f()
+        return (time.perf_counter() - begin) * 1e3
+
+
+def alternate(
+    benchmark: Any,
+    contestants: dict[str, Callable[[int], Any]],
+    *,
+    first: str,
+    seconds: float = 2.0,
+    rounds: tuple[int, int] = (7, 500),
+) -> dict[str, float]:
+    """Median milliseconds of each contestant, f(round); they run in turn. pytest-benchmark sees `first`.
+
+    Args:
+        contestants: f(i) is one call; i rotates the inputs.
+        first: the one that pytest-benchmark's own table shows.
+        seconds: about how long the whole takes; `rounds` bounds the number of turns.
+    """
+    timer = Timer()
+    for f in contestants.values():
+        f(0)
+    turn = sum(timer(lambda f=f: f(1)) for f in contestants.values()) / 1e3
+    n = max(rounds[0], min(rounds[1], int(seconds / turn)))
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+
+    def others() -> None:
+        i = len(times[first])
+        for name, f in contestants.items():
+            if name != first:
+                times[name].append(timer(lambda f=f: f(i)))
+
+    def ours() -> None:
+        i = len(times[first])
+        times[first].append(timer(lambda: contestants[first](i)))
+
+    benchmark.pedantic(ours, setup=others, rounds=n, iterations=1)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def assert_bits(name: str, actual: torch.Tensor, reference: torch.Tensor) -> None:
+    if not torch.equal(actual, reference):
+        raise AssertionError(f"{name} does not have the reference's bits: it is not timed")
+
+
+def assert_as_exact(name: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """The error against float64 is at most twice plain torch's in the same dtype, plus an ulp of the largest value."""
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (actual, plain))
+    limit = 2 * allowed + torch.finfo(plain.dtype).eps * exact.abs().max().item()
+    if not error <= limit:
+        raise AssertionError(f"{name} is off by {error:.3g}, more than {limit:.3g}: it is not timed")
+
+
+class Results:
+    """What was measured: a list of records for each file `OUT/<name>.json`, and lines to print."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, file: str, **record: Any) -> None:
+        self.files.setdefault(file, []).append(record)
+
+    def write(self, folder: Path) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for name, records in self.files.items():
+            text = json.dumps({"environment": environment(), "results": records}, indent=1) + "\n"
+            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+                file.write(text)
+            paths.append(folder / f"{name}.json")
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, paths[-1])
+        return paths
+
+
+RESULTS = Results()
+
+
+@pytest.fixture(scope="session")
+def results() -> Results:
+    """Add records here; they are printed and written at the end."""
+    return RESULTS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # what changes malloc for the rest of the process comes last
+    items.sort(key=lambda item: item.get_closest_marker("malloc_kept") is not None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "malloc_kept: malloc returns no page to the system from here on")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not RESULTS.files:
+        return
+    from tables import text_table
+
+    for name, records in RESULTS.files.items():
+        terminalreporter.section(name)
+        terminalreporter.write_line(text_table(records))
+    for path in RESULTS.write(Path(os.environ.get("OUT", "benchmarks/results"))):
+        terminalreporter.write_line(f"wrote {path}")
