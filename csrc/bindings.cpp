@@ -78,7 +78,6 @@ Exec exec(const py::tuple& o) {
   e.device = static_cast<int>(integer(o.ptr(), 1));
   e.stream = reinterpret_cast<void*>(integer(o.ptr(), 2));
   e.scratch = reinterpret_cast<void*>(integer(o.ptr(), 3));
-  if (PyTuple_GET_SIZE(o.ptr()) > 3) e.scratch = reinterpret_cast<void*>(integer(o.ptr(), 3));
   return e;
 }
 

@@ -22,6 +22,9 @@ namespace sr3fast {
 // What the draws are for; part of the counter.
 enum Domain : uint32_t { kInitial = 0, kRefine = 1, kTrain = 2, kLevel = 3, kAugment = 4 };
 
+constexpr uint32_t kPhilox0 = 0xD2511F53u, kPhilox1 = 0xCD9E8D57u;  // multipliers
+constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;      // key increments
+
 // The primitives of one lane: a word, a signed word and a float.
 struct One {
   using Word = uint32_t;
@@ -54,6 +57,10 @@ struct One {
     return std::sqrt(x);
 #endif
   }
+  // a b + c where a b is exact, so that fusing it or not is the same
+  static SR3FAST_HD Float fused(Float a, Float b, Float c) { return a * b + c; }
+  // a where a bit of `mask` is set in `bits`, else b
+  static SR3FAST_HD Float where(Word bits, uint32_t mask, Float a, Float b) { return bits & mask ? a : b; }
   static SR3FAST_HD void multiply(uint32_t m, Word a, Word& high, Word& low) {
 #if defined(__CUDA_ARCH__)
     high = __umulhi(m, a);
@@ -79,81 +86,99 @@ struct NormalsOf {
 using Words = WordsOf<One>;
 using Normals = NormalsOf<One>;
 
+// One round: (c0, c1, c2, c3) from the products M0 c0 = (high0, low0) and M1 c2 = (high1, low1).
+template <class L>
+SR3FAST_HD void philox_round(uint32_t k0, uint32_t k1, typename L::Word& c0, typename L::Word& c1,
+                             typename L::Word& c2, typename L::Word& c3) {
+  typename L::Word high0, low0, high1, low1;
+  L::multiply(kPhilox0, c0, high0, low0);
+  L::multiply(kPhilox1, c2, high1, low1);
+  c0 = high1 ^ c1 ^ k0;
+  c1 = low1;
+  c2 = high0 ^ c3 ^ k1;
+  c3 = low0;
+}
+
+// Philox4x32-10. Only c0 differs between the lanes, so half of the first two rounds is scalar.
 template <class L = One>
-SR3FAST_HD WordsOf<L> philox(uint64_t seed, typename L::Word c0, typename L::Word c1, typename L::Word c2,
-                             typename L::Word c3) {
+SR3FAST_HD WordsOf<L> philox(uint64_t seed, typename L::Word c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  using Word = typename L::Word;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t high, low;
+  Word a0, a1, a2, a3, high_w, low_w;
+
+  One::multiply(kPhilox1, c2, high, low);  // round 1
+  L::multiply(kPhilox0, c0, high_w, low_w);
+  const uint32_t b0 = high ^ c1 ^ k0, b1 = low;
+  a2 = high_w ^ (c3 ^ k1);
+  a3 = low_w;
+  k0 += kWeyl0, k1 += kWeyl1;
+
+  One::multiply(kPhilox0, b0, high, low);  // round 2
+  L::multiply(kPhilox1, a2, high_w, low_w);
+  a0 = high_w ^ (b1 ^ k0);
+  a1 = low_w;
+  a2 = a3 ^ (high ^ k1);
+  a3 = Word{} + low;
 #if defined(__CUDACC__) || defined(__clang__)
 #pragma unroll
 #else
-#pragma GCC unroll 10
+#pragma GCC unroll 8
 #endif
-  for (int round = 0; round < 10; ++round) {
-    typename L::Word high0, low0, high1, low1;
-    L::multiply(0xD2511F53u, c0, high0, low0);
-    L::multiply(0xCD9E8D57u, c2, high1, low1);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  for (int round = 2; round < 10; ++round) {
+    k0 += kWeyl0, k1 += kWeyl1;
+    philox_round<L>(k0, k1, a0, a1, a2, a3);
   }
-  return {c0, c1, c2, c3};
+  return {a0, a1, a2, a3};
 }
 
-// ((a >> 9) + 0.5) 2^-23, exact
-template <class L = One>
-SR3FAST_HD typename L::Float uniform(typename L::Word a) {
-  return (L::to_float((typename L::Int)(a >> 9)) + 0.5f) * 1.1920928955078125e-7f;
-}
-
-// a gives the radius, b the angle
+// a gives the radius, b the angle. The operations are those of sr3fast/noise.py but for powers of two, which
+// change no rounding: u is 2^24 times its own, and g = -2 f and its polynomial lead to -2 log u without a last product.
 template <class L = One>
 SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::Float& first,
                            typename L::Float& second) {
   using Word = typename L::Word;
   using Int = typename L::Int;
   using Float = typename L::Float;
-  const Word i = L::as_word(uniform<L>(a));
-  const Int exponent = (Int)(i - 0x3f3504f3u) >> 23;
-  const Float f = L::as_float(i - ((Word)exponent << 23)) - 1.0f;
-  const Float e = L::to_float(exponent);
-  const Float s = f * f;
-  Float p = 7.0376836292e-2f * f + -1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f + -1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f + -1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f + -2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  Float y = p * f * s;
-  y = y + e * -2.12194440e-4f;
-  y = y - 0.5f * s;
-  const Float log_u = (f + y) + e * 0.693359375f;
-  const Float r = L::sqrt(-2.0f * log_u);
+  // u = (1 + f) 2^e, 1 + f in [sqrt(1/2), sqrt(2))
+  const Word i = L::as_word(L::to_float((Int)((a >> 8) | 1u))) - (0x3f3504f3u + (24u << 23));
+  const Float e = L::to_float((Int)i >> 23);
+  const Float g = 2.0f - 2.0f * L::as_float((i & 0x7fffffu) + 0x3f3504f3u);
+  const Float s = g * g;
+  Float p = 7.0376836292e-2f / 1024.0f * g + 1.1514610310e-1f / 512.0f;
+  p = p * g + 1.1676998740e-1f / 256.0f;
+  p = p * g + 1.2420140846e-1f / 128.0f;
+  p = p * g + 1.4249322787e-1f / 64.0f;
+  p = p * g + 1.6668057665e-1f / 32.0f;
+  p = p * g + 2.0000714765e-1f / 16.0f;
+  p = p * g + 2.4999993993e-1f / 8.0f;
+  p = p * g + 3.3333331174e-1f / 4.0f;
+  Float y = p * g * s;
+  y = y + e * (2.0f * 2.12194440e-4f);
+  y = L::fused(Float{} + 0.25f, s, y);
+  const Float r = L::sqrt(L::fused(e, Float{} + -2.0f * 0.693359375f, g + y));
 
-  const Word q = (((b >> 29) + 1u) >> 1) & 3u;
-  const Float v = L::to_float((Int)(b - (q << 30))) * static_cast<float>(1.5707963267948966 / 1073741824.0);
+  // The quadrant q is the top two bits of `turn`; what b leaves in it is its low 30 bits, signed: b << 2 is 4 times that
+  const Word turn = b + 0x20000000u;
+  const Float v = L::to_float((Int)(b << 2)) * static_cast<float>(1.5707963267948966 / 4294967296.0);
   const Float v2 = v * v;
   const Float sin_v = ((-1.9515295891e-4f * v2 + 8.3321608736e-3f) * v2 - 1.6666654611e-1f) * v2 * v + v;
   const Float cos_v =
-      ((2.443315711809948e-5f * v2 - 1.388731625493765e-3f) * v2 + 4.166664568298827e-2f) * v2 * v2 -
-      0.5f * v2 + 1.0f;
+      L::fused(Float{} - 0.5f, v2,
+               ((2.443315711809948e-5f * v2 - 1.388731625493765e-3f) * v2 + 4.166664568298827e-2f) * v2 * v2) +
+      1.0f;
   // swap them where q is odd; cos is negative where q is 1 or 2, sin where it is 2 or 3
-  const Word sin_bits = L::as_word(sin_v), cos_bits = L::as_word(cos_v);
-  const Word swap = (sin_bits ^ cos_bits) & (0u - (q & 1u));
-  first = r * L::as_float(cos_bits ^ swap ^ (((q + 1u) & 2u) << 30));
-  second = r * L::as_float(sin_bits ^ swap ^ ((q & 2u) << 30));
+  const Word cos_bits = L::as_word(L::where(turn, 0x40000000u, sin_v, cos_v));
+  const Word sin_bits = L::as_word(L::where(turn, 0x40000000u, cos_v, sin_v));
+  first = r * L::as_float(cos_bits ^ ((turn + 0x40000000u) & 0x80000000u));
+  second = r * L::as_float(sin_bits ^ (turn & 0x80000000u));
 }
 
 // The normals of pixels w = 4 w4 .. 4 w4 + 3, in the coordinates of the whole image.
 template <class L = One>
 SR3FAST_HD NormalsOf<L> normals(uint64_t seed, uint32_t domain, uint32_t step, uint32_t c, uint32_t h,
                                 typename L::Word w4) {
-  using Word = typename L::Word;
-  const WordsOf<L> a = philox<L>(seed, w4, Word{} + h, Word{} + step, Word{} + (domain * 65536u + c));
+  const WordsOf<L> a = philox<L>(seed, w4, h, step, domain * 65536u + c);
   NormalsOf<L> z;
   box_muller<L>(a.a0, a.a1, z.z0, z.z1);
   box_muller<L>(a.a2, a.a3, z.z2, z.z3);

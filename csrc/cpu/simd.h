@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/tensor.h"
 
@@ -33,65 +34,152 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words32 __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Words16 __attribute__((vector_size(kLanes * 2)));
 
-// The primitives of csrc/common/noise.h over a vector of counters.
-struct Lanes {
-  using Word = Words32;
-  using Int = Ints;
-  using Float = Floats;
+// The primitives of csrc/common/noise.h on one vector.
+namespace vector {
 
-  static SR3FAST_INLINE Float as_float(Word i) { return (Floats)i; }
-  static SR3FAST_INLINE Word as_word(Float f) { return (Words32)f; }
-  static SR3FAST_INLINE Float to_float(Int i) { return __builtin_convertvector(i, Floats); }
-  static SR3FAST_INLINE Float sqrt(Float x) {
+SR3FAST_INLINE Floats sqrt(Floats x) {
 #if defined(__AVX512F__)
-    return (Floats)_mm512_sqrt_ps((__m512)x);
+  return (Floats)_mm512_sqrt_ps((__m512)x);
 #elif defined(__AVX2__)
-    return (Floats)_mm256_sqrt_ps((__m256)x);
+  return (Floats)_mm256_sqrt_ps((__m256)x);
 #else
-    for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
-    return x;
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
 #endif
+}
+
+SR3FAST_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+SR3FAST_INLINE Floats where(Words32 bits, uint32_t mask, Floats a, Floats b) {
+#if defined(__AVX512F__)
+  const __mmask16 set = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(static_cast<int>(mask)));
+  return (Floats)_mm512_mask_mov_ps((__m512)b, set, (__m512)a);
+#else
+  return (bits & mask) != 0u ? a : b;
+#endif
+}
+
+// 32 x 32 bits to high and low words: the even lanes and the odd ones each take one widening multiplication
+SR3FAST_INLINE void multiply(uint32_t m, Words32 a, Words32& high, Words32& low) {
+#if defined(__AVX512F__)
+  const __m512i v = (__m512i)a, k = _mm512_set1_epi32(static_cast<int>(m));
+  const __m512i even = _mm512_mul_epu32(v, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), k);
+  high = (Words32)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+  low = (Words32)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+#elif defined(__AVX2__)
+  const __m256i v = (__m256i)a, k = _mm256_set1_epi32(static_cast<int>(m));
+  const __m256i even = _mm256_mul_epu32(v, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), k);
+  high = (Words32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low = (Words32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = static_cast<uint64_t>(m) * a[i];
+    high[i] = static_cast<uint32_t>(product >> 32);
+    low[i] = static_cast<uint32_t>(product);
   }
-  // 32 x 32 bits to high and low words: the even lanes and the odd ones each take one widening multiplication
-  static SR3FAST_INLINE void multiply(uint32_t m, Word a, Word& high, Word& low) {
-#if defined(__AVX512F__)
-    const __m512i v = (__m512i)a, k = _mm512_set1_epi32(static_cast<int>(m));
-    const __m512i even = _mm512_mul_epu32(v, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), k);
-    high = (Words32)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
-    low = (Words32)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
-#elif defined(__AVX2__)
-    const __m256i v = (__m256i)a, k = _mm256_set1_epi32(static_cast<int>(m));
-    const __m256i even = _mm256_mul_epu32(v, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), k);
-    high = (Words32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    low = (Words32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-#else
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t product = static_cast<uint64_t>(m) * a[i];
-      high[i] = static_cast<uint32_t>(product >> 32);
-      low[i] = static_cast<uint32_t>(product);
-    }
 #endif
+}
+
+}  // namespace vector
+
+// N vectors that go through the arithmetic side by side: its chains of dependent operations are long, and one
+// alone leaves the ports idle.
+template <class V, int N>
+struct Group {
+  V v[N];
+
+  template <class U>
+  SR3FAST_INLINE explicit operator Group<U, N>() const {
+    return map(*this, [](V x) { return (U)x; });
   }
 };
 
-// Four vectors a, b, c, d as a0 b0 c0 d0 a1 b1 ..: four neighbouring pixels a lane.
+template <class V, int N, class F>
+SR3FAST_INLINE auto map(const Group<V, N>& a, F&& f) {
+  Group<decltype(f(a.v[0])), N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = f(a.v[i]);
+  return r;
+}
+
+#define SR3FAST_GROUP_OPERATOR(op)                                                                   \
+  template <class V, int N>                                                                          \
+  SR3FAST_INLINE Group<V, N> operator op(Group<V, N> a, const Group<V, N>& b) {                      \
+    for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b.v[i];                                           \
+    return a;                                                                                        \
+  }                                                                                                  \
+  template <class V, int N, class S, class = std::enable_if_t<std::is_arithmetic_v<S>>>              \
+  SR3FAST_INLINE Group<V, N> operator op(const Group<V, N>& a, S b) {                                \
+    return map(a, [b](V x) { return x op b; });                                                      \
+  }                                                                                                  \
+  template <class V, int N, class S, class = std::enable_if_t<std::is_arithmetic_v<S>>>              \
+  SR3FAST_INLINE Group<V, N> operator op(S a, const Group<V, N>& b) {                                \
+    return map(b, [a](V x) { return a op x; });                                                      \
+  }
+SR3FAST_GROUP_OPERATOR(+)
+SR3FAST_GROUP_OPERATOR(-)
+SR3FAST_GROUP_OPERATOR(*)
+SR3FAST_GROUP_OPERATOR(^)
+SR3FAST_GROUP_OPERATOR(&)
+SR3FAST_GROUP_OPERATOR(|)
+SR3FAST_GROUP_OPERATOR(<<)
+SR3FAST_GROUP_OPERATOR(>>)
+#undef SR3FAST_GROUP_OPERATOR
+
+template <int N>
+struct Lanes {
+  using Word = Group<Words32, N>;
+  using Int = Group<Ints, N>;
+  using Float = Group<Floats, N>;
+
+  static SR3FAST_INLINE Float as_float(const Word& i) { return (Float)i; }
+  static SR3FAST_INLINE Word as_word(const Float& f) { return (Word)f; }
+  static SR3FAST_INLINE Float to_float(const Int& i) {
+    return map(i, [](Ints x) { return __builtin_convertvector(x, Floats); });
+  }
+  static SR3FAST_INLINE Float sqrt(const Float& x) { return map(x, vector::sqrt); }
+  static SR3FAST_INLINE Float fused(const Float& a, const Float& b, Float c) {
+    for (int i = 0; i < N; ++i) c.v[i] = vector::fused(a.v[i], b.v[i], c.v[i]);
+    return c;
+  }
+  static SR3FAST_INLINE Float where(const Word& bits, uint32_t mask, const Float& a, Float b) {
+    for (int i = 0; i < N; ++i) b.v[i] = vector::where(bits.v[i], mask, a.v[i], b.v[i]);
+    return b;
+  }
+  static SR3FAST_INLINE void multiply(uint32_t m, const Word& a, Word& high, Word& low) {
+    for (int i = 0; i < N; ++i) vector::multiply(m, a.v[i], high.v[i], low.v[i]);
+  }
+};
+
+// Which quad of kLanes the lanes draw: the order in which store_interleaved needs the fewest shuffles.
+SR3FAST_INLINE Words32 quad_of_lane() {
+  Words32 quad;
+#if defined(__AVX512F__)
+  for (int i = 0; i < kLanes; ++i) quad[i] = static_cast<uint32_t>(i % 4 * 4 + i / 4);
+#else
+  for (int i = 0; i < kLanes; ++i) quad[i] = static_cast<uint32_t>(i);
+#endif
+  return quad;
+}
+
+// Stores quads (a, b, c, d), one a lane in the order above, as four neighbouring pixels each.
 SR3FAST_INLINE void store_interleaved(float* p, Floats a, Floats b, Floats c, Floats d) {
 #if defined(__AVX512F__)
   const __m512 ab0 = _mm512_unpacklo_ps((__m512)a, (__m512)b), ab1 = _mm512_unpackhi_ps((__m512)a, (__m512)b);
   const __m512 cd0 = _mm512_unpacklo_ps((__m512)c, (__m512)d), cd1 = _mm512_unpackhi_ps((__m512)c, (__m512)d);
-  const auto pairs = [](__m512 x, __m512 y, bool high) {
-    return high ? _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
-                : _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  const auto store_pairs = [](float* q, __m512d x, __m512d y) {
+    _mm512_storeu_ps(q, _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)));
+    _mm512_storeu_ps(q + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   };
-  // each holds one quad in each of its four 128-bit parts: quads i, i + 4, i + 8, i + 12
-  const __m512 q[4] = {pairs(ab0, cd0, false), pairs(ab0, cd0, true), pairs(ab1, cd1, false),
-                       pairs(ab1, cd1, true)};
-  const __m512 s0 = _mm512_shuffle_f32x4(q[0], q[1], 0x44), s1 = _mm512_shuffle_f32x4(q[2], q[3], 0x44);
-  const __m512 s2 = _mm512_shuffle_f32x4(q[0], q[1], 0xee), s3 = _mm512_shuffle_f32x4(q[2], q[3], 0xee);
-  _mm512_storeu_ps(p, _mm512_shuffle_f32x4(s0, s1, 0x88));
-  _mm512_storeu_ps(p + 16, _mm512_shuffle_f32x4(s0, s1, 0xdd));
-  _mm512_storeu_ps(p + 32, _mm512_shuffle_f32x4(s2, s3, 0x88));
-  _mm512_storeu_ps(p + 48, _mm512_shuffle_f32x4(s2, s3, 0xdd));
+  store_pairs(p, _mm512_castps_pd(ab0), _mm512_castps_pd(cd0));
+  store_pairs(p + 32, _mm512_castps_pd(ab1), _mm512_castps_pd(cd1));
 #else
   for (int i = 0; i < kLanes; ++i) {
     p[4 * i] = a[i];

@@ -35,24 +35,45 @@ struct Ahead {
   }
 };
 
+// The normals of N x kLanes quads from `quad` on, in the order of the pixels.
+template <int N>
+SR3FAST_INLINE void draw_quads(float* z, uint64_t seed, uint32_t domain, uint32_t step, uint32_t c, uint32_t h,
+                               uint32_t quad) {
+  Group<Words32, N> w4;
+  for (int i = 0; i < N; ++i) w4.v[i] = quad_of_lane() + (quad + static_cast<uint32_t>(i * kLanes));
+  const auto a = philox<Lanes<N>>(seed, w4, h, step, domain * 65536u + c);
+  Group<Words32, 2 * N> radius, angle;
+  for (int i = 0; i < N; ++i) {
+    radius.v[i] = a.a0.v[i], angle.v[i] = a.a1.v[i];
+    radius.v[N + i] = a.a2.v[i], angle.v[N + i] = a.a3.v[i];
+  }
+  Group<Floats, 2 * N> first, second;
+  box_muller<Lanes<2 * N>>(radius, angle, first, second);
+  for (int i = 0; i < N; ++i)
+    store_interleaved(z + i * kQuad, first.v[i], second.v[i], first.v[N + i], second.v[N + i]);
+}
+
 // z of pixels w .. w + pixels of one channel, stride apart.
 SR3FAST_INLINE void draw(float* z, int64_t stride, uint64_t seed, uint32_t domain, uint32_t step, int64_t c,
                          int64_t h, int64_t w, int64_t pixels, const Ahead& ahead, int64_t ahead_at) {
-  Words32 lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
-  for (int64_t quad = w / 4; quad * 4 < w + pixels; quad += kLanes) {
-    const auto n = normals<Lanes>(seed, domain, step, static_cast<uint32_t>(c), static_cast<uint32_t>(h),
-                                  lane + static_cast<uint32_t>(quad));
+  for (int64_t quad = w / 4; quad * 4 < w + pixels;) {
     const int64_t first = quad * 4 - w;  // may be negative: the quad starts left of the tile
-    ahead.touch(ahead_at + (first < 0 ? 0 : first) * stride, first + kQuad < pixels ? kQuad : pixels - first);
-    if (stride == 1 && first >= 0 && first + kQuad <= pixels) {
-      store_interleaved(z + first, n.z0, n.z1, n.z2, n.z3);
-    } else {
-      float drawn[kQuad];
-      store_interleaved(drawn, n.z0, n.z1, n.z2, n.z3);
-      for (int64_t i = first < 0 ? -first : 0; i < kQuad && first + i < pixels; ++i)
+    const int vectors = first + kQuad < pixels ? 2 : 1;
+    const int64_t past = first + vectors * kQuad;
+    ahead.touch(ahead_at + (first < 0 ? 0 : first) * stride,
+                (past < pixels ? past : pixels) - (first < 0 ? 0 : first));
+    const bool in_place = stride == 1 && first >= 0 && past <= pixels;
+    float buffer[2 * kQuad];
+    float* drawn = in_place ? z + first : buffer;
+    const auto c32 = static_cast<uint32_t>(c), h32 = static_cast<uint32_t>(h), quad32 = static_cast<uint32_t>(quad);
+    if (vectors == 2)
+      draw_quads<2>(drawn, seed, domain, step, c32, h32, quad32);
+    else
+      draw_quads<1>(drawn, seed, domain, step, c32, h32, quad32);
+    if (!in_place)
+      for (int64_t i = first < 0 ? -first : 0; first + i < (past < pixels ? past : pixels); ++i)
         z[(first + i) * stride] = drawn[i];
-    }
+    quad += vectors * kLanes;
   }
 }
 
