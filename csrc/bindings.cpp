@@ -42,10 +42,23 @@ T* address(int64_t p) {
   return reinterpret_cast<T*>(p);
 }
 
-// (address, on the host): a host value is read here, a device value by the kernel
 template <class T>
-Scalar<T> scalar(const py::tuple& o) {
+T number(const py::object& o) {
+  return o.cast<T>();
+}
+template <>
+Row number<Row>(const py::object&) {
+  throw std::invalid_argument("a row comes as an address");
+}
+
+// A number, or (address, on the host): a host value is read here, a device value by the kernel
+template <class T>
+Scalar<T> scalar(const py::object& o) {
   Scalar<T> s;
+  if (!PyTuple_Check(o.ptr())) {
+    s.value = number<T>(o);
+    return s;
+  }
   const T* p = address<const T>(integer(o.ptr(), 0));
   if (integer(o.ptr(), 1))
     s.value = *p;
@@ -54,9 +67,13 @@ Scalar<T> scalar(const py::tuple& o) {
   return s;
 }
 
-// (address, on the host, one a sample)
-Seeds seeds(const py::tuple& o) {
+// A number, or (address, on the host, one a sample)
+Seeds seeds(const py::object& o) {
   Seeds s;
+  if (!PyTuple_Check(o.ptr())) {
+    s.value = o.cast<int64_t>();
+    return s;
+  }
   const auto* p = address<const int64_t>(integer(o.ptr(), 0));
   s.per_sample = integer(o.ptr(), 2) != 0;
   if (integer(o.ptr(), 1) && !s.per_sample)
@@ -83,7 +100,7 @@ Exec exec(const py::tuple& o) {
 
 #define SR3FAST_BIND(home)                                                                                   \
   void bind_##home(py::module_ m) {                                                                          \
-    m.def("noise", [](py::object out, py::tuple seed, py::tuple step, uint32_t domain, int64_t h0,           \
+    m.def("noise", [](py::object out, py::object seed, py::object step, uint32_t domain, int64_t h0,           \
                       int64_t w0, py::tuple on) {                                                            \
       const auto a = tensor(out);                                                                            \
       const auto s = seeds(seed);                                                                            \
@@ -92,8 +109,8 @@ Exec exec(const py::tuple& o) {
       py::gil_scoped_release release;                                                                        \
       home::noise(a, s, t, domain, {h0, w0}, e);                                                             \
     });                                                                                                      \
-    m.def("refine", [](py::object out, py::object into, py::object y, py::object eps_hat, py::tuple alpha,   \
-                       py::tuple gamma, py::tuple seed, py::tuple step, py::object z, int64_t h0,            \
+    m.def("refine", [](py::object out, py::object into, py::object y, py::object eps_hat, py::object alpha,   \
+                       py::object gamma, py::object seed, py::object step, py::object z, int64_t h0,            \
                        int64_t w0, py::tuple on) {                                                           \
       const auto a = tensor(out), b = tensor(into), c = tensor(y), d = tensor(eps_hat), f = tensor(z);       \
       const auto al = scalar<double>(alpha), ga = scalar<double>(gamma);                                     \
@@ -104,7 +121,7 @@ Exec exec(const py::tuple& o) {
       home::refine(a, b, c, d, al, ga, s, t, f, {h0, w0}, e);                                                \
     });                                                                                                      \
     m.def("solver_step", [](py::object out, py::object m_out, py::object into, py::object y,                 \
-                            py::object eps_hat, py::tuple row, py::tuple seed, py::tuple step,               \
+                            py::object eps_hat, py::object row, py::object seed, py::object step,               \
                             py::object m1, py::object m2, py::object z, int64_t h0, int64_t w0,              \
                             py::tuple on) {                                                                  \
       const auto a = tensor(out), b = tensor(m_out), c = tensor(into), d = tensor(y), f = tensor(eps_hat);   \
@@ -117,7 +134,7 @@ Exec exec(const py::tuple& o) {
       home::solver_step(a, b, c, d, f, r, s, t, g, h, i, {h0, w0}, e);                                       \
     });                                                                                                      \
     m.def("q_sample", [](py::object out, py::object eps_out, py::object into, py::object y_0,                \
-                         py::tuple gamma, bool per_sample, py::tuple seed, py::tuple step, py::object eps,   \
+                         py::object gamma, bool per_sample, py::object seed, py::object step, py::object eps,   \
                          int64_t h0, int64_t w0, py::tuple on) {                                             \
       const auto a = tensor(out), b = tensor(eps_out), c = tensor(into), d = tensor(y_0), f = tensor(eps);   \
       auto ga = scalar<double>(gamma);                                                                       \
@@ -168,7 +185,6 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(cuda_module);
   cuda_module.def("driver_version", &cuda::driver_version);
   cuda_module.def("runtime_version", &cuda::runtime_version);
-  cuda_module.def("scratch_bytes", &cuda::scratch_bytes);
   cuda_module.def("scratch_bytes", &cuda::scratch_bytes);
   cuda_module.attr("architectures") = SR3FAST_CUDA_ARCHITECTURES;
 #endif

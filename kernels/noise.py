@@ -54,9 +54,7 @@ def box_muller(a, b):
     v = tl.sub(b, q << 30, sanitize_overflow=False).to(tl.int32, bitcast=True).to(tl.float32) * _HALF_PI_2_30
     v2 = v * v
     sin = ((v2 * -1.9515295891e-4 + 8.3321608736e-3) * v2 - 1.6666654611e-1) * v2 * v + v
-    cos = (
-        ((v2 * 2.443315711809948e-5 - 1.388731625493765e-3) * v2 + 4.166664568298827e-2) * v2 * v2 - v2 * 0.5 + 1.0
-    )
+    cos = ((v2 * 2.443315711809948e-5 - 1.388731625493765e-3) * v2 + 4.166664568298827e-2) * v2 * v2 - v2 * 0.5 + 1.0
     odd = (q & 1) == 1
     x = tl.where(odd, sin, cos)
     y = tl.where(odd, cos, sin)
@@ -138,7 +136,7 @@ def noise_kernel(
     store(out_ptr, z, offsets, masks, K)
 
 
-def noise(outs: tuple[Tensor], seed: Tensor, step: Tensor, domain: int, origin: tuple[int, int]) -> None:
+def noise(outs: tuple[Tensor], seed: int | Tensor, step: int | Tensor, domain: int, origin: tuple[int, int]) -> None:
     """out[i] = noise(seed_i, domain, step)[c, h, w]."""
     (out,) = outs
     grid, pixels = place(out, origin)

@@ -39,9 +39,9 @@ class Seeds(NamedTuple):
     per_sample: bool
 
 
-def on_host(t: Tensor) -> bool:
+def on_host(t: float | Tensor) -> bool:
     """Whether to pass the value; else the kernel reads it through a pointer, and a captured graph reads anew."""
-    return t.device.type == "cpu"
+    return not isinstance(t, Tensor) or t.device.type == "cpu"
 
 
 def int32(value: int) -> int:
@@ -50,21 +50,16 @@ def int32(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def seeds(seed: Tensor) -> Seeds:
-    if seed.ndim == 0 and on_host(seed):
-        value = int(seed.item())
+def seeds(seed: int | Tensor) -> Seeds:
+    if not isinstance(seed, Tensor) or (seed.ndim == 0 and on_host(seed)):
+        value = int(seed)
         return Seeds(None, int32(value), int32(value >> 32), False)
     return Seeds(seed, 0, 0, seed.ndim == 1)
 
 
-def scalar(value: Tensor) -> tuple[Tensor | None, Any]:
-    """A pointer and None's value, or None and the value."""
-    return (None, value.item()) if on_host(value) else (value, 0)
-
-
-def step32(step: Tensor) -> tuple[Tensor | None, int]:
-    ptr, value = scalar(step)
-    return ptr, int32(value)
+def step32(step: int | Tensor) -> tuple[Tensor | None, int]:
+    """A pointer, or None and the value."""
+    return (None, int32(int(step))) if on_host(step) else (step, 0)  # type: ignore[return-value]
 
 
 def place(y: Tensor, origin: tuple[int, int]) -> tuple[tuple[int], dict[str, Any]]:

@@ -48,8 +48,8 @@ def q_sample(
     outs: tuple[Tensor, Tensor | None, Tensor | None],
     y_0: Tensor,
     gamma: Tensor,
-    seed: Tensor,
-    step: Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
     eps: Tensor | None,
     origin: tuple[int, int],
 ) -> None:

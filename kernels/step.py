@@ -104,8 +104,8 @@ def _run(
     y: Tensor,
     eps_hat: Tensor,
     row: tuple[Any, ...],
-    seed: Tensor,
-    step: Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
     m1: Tensor | None,
     m2: Tensor | None,
     z: Tensor | None,
@@ -128,17 +128,17 @@ def refine(
     outs: tuple[Tensor, Tensor | None],
     y_t: Tensor,
     eps_hat: Tensor,
-    alpha_t: Tensor,
-    gamma_t: Tensor,
-    seed: Tensor,
-    step: Tensor,
+    alpha_t: float | Tensor,
+    gamma_t: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
     z: Tensor | None,
     origin: tuple[int, int],
 ) -> None:
     """y_{t-1} = (y_t - (1-alpha_t)/sqrt(1-gamma_t) eps_hat)/sqrt(alpha_t) + sqrt(1-alpha_t) z, z = 0 at step 1."""
     out, into = outs
     if on_host(alpha_t):
-        alpha, gamma = alpha_t.item(), gamma_t.item()
+        alpha, gamma = float(alpha_t), float(gamma_t)
         a = 1 / math.sqrt(alpha)
         b = -((1 - alpha) / math.sqrt(1 - gamma)) / math.sqrt(alpha)
         row = (None, None, None, *_float32(1, 0, math.inf, a, b, 0, 0, 0, math.sqrt(1 - alpha)))
@@ -152,8 +152,8 @@ def solver_step(
     y: Tensor,
     eps_hat: Tensor,
     row: Tensor,
-    seed: Tensor,
-    step: Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
     m1: Tensor | None,
     m2: Tensor | None,
     z: Tensor | None,

@@ -277,12 +277,8 @@ def evaluate(options: Evaluate) -> int:
         if options.bits is not None:
             bound += _bits(upscaler, high, low, options) / len(names)
     if len(names) > 1:
-        columns = {
-            who: zip(*(scores[who] for scores in table.values()), strict=True) for who in (BICUBIC, OURS)
-        }
-        table["mean"] = {
-            who: Scores(*(sum(c) / len(names) for c in column)) for who, column in columns.items()
-        }
+        columns = {who: zip(*(scores[who] for scores in table.values()), strict=True) for who in (BICUBIC, OURS)}
+        table["mean"] = {who: Scores(*(sum(c) / len(names) for c in column)) for who, column in columns.items()}
 
     print(f"{'':24s} {'':8s} {'PSNR dB':>8s} {'SSIM':>7s} {'consistency e-5':>16s} {'spectrum dB':>12s}")
     for name, scores in table.items():
@@ -294,9 +290,7 @@ def evaluate(options: Evaluate) -> int:
     if options.json is not None:
         from .image import atomic
 
-        tree: dict[str, Any] = {
-            name: {who: s._asdict() for who, s in scores.items()} for name, scores in table.items()
-        }
+        tree: dict[str, Any] = {name: {who: s._asdict() for who, s in scores.items()} for name, scores in table.items()}
         if options.bits is not None:
             tree["bits a dimension"] = bound
         with atomic(options.json) as temporary:
@@ -360,13 +354,10 @@ def _bits(upscaler: Upscaler | None, high: Photo, low: Photo, options: Evaluate)
         raise ValueError(f"--bits must lie in 1..T = {model.schedule.T}: got {options.bits}")
     pictures = (low.resized(high.size), high)
     x, y_0 = (
-        image.reflect_pad(p.tensor(upscaler.channels)[None], model.unet.multiple).to(upscaler.device)
-        for p in pictures
+        image.reflect_pad(p.tensor(upscaler.channels)[None], model.unet.multiple).to(upscaler.device) for p in pictures
     )
     steps = [1 + round(i * (model.schedule.T - 1) / max(1, options.bits - 1)) for i in range(options.bits)]
-    bound = variational_bound(
-        upscaler.tiled, x, y_0, model.schedule, options.seed, level=model.level, steps=steps
-    )
+    bound = variational_bound(upscaler.tiled, x, y_0, model.schedule, options.seed, level=model.level, steps=steps)
     return bound["bits"]
 
 

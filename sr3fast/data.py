@@ -82,11 +82,7 @@ def open_items(path: str | Path, scale: float = 4) -> list[Item]:
         return _pair_items(path / f"hr_{side}", sources[0], scale)
     if (path / "hr").is_dir():
         return _pair_items(path / "hr", path / "lr", scale)
-    return [
-        Item(str(file), size, partial(read, file))
-        for file in _files(path)
-        if (size := _header(file)) is not None
-    ]
+    return [Item(str(file), size, partial(read, file)) for file in _files(path) if (size := _header(file)) is not None]
 
 
 def read(path: str | Path) -> np.ndarray:
@@ -104,9 +100,7 @@ def _values(picture: Image.Image) -> np.ndarray:
 
 def _check_array(values: np.ndarray, path: str | Path, ndim: int = 3) -> np.ndarray:
     if values.ndim != ndim:
-        raise DataError(
-            f"{path}: an array must be {'[N, C, H, W]'[(4 - ndim) * 3 :]}: got shape {values.shape}"
-        )
+        raise DataError(f"{path}: an array must be {'[N, C, H, W]'[(4 - ndim) * 3 :]}: got shape {values.shape}")
     if values.dtype.kind == "f":
         values = values.astype(np.float32)
         if not (abs(values) <= 1).all():
@@ -119,9 +113,7 @@ def _check_array(values: np.ndarray, path: str | Path, ndim: int = 3) -> np.ndar
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    files = sorted(
-        f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
-    )
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
     if not files:
         raise DataError(f"{folder}: no pictures there (looked for {', '.join(SUFFIXES)}, in subfolders too)")
     return files
@@ -144,15 +136,12 @@ def _skip(name: object, error: Exception) -> None:
 
 
 def _pair_items(targets: Path, sources: Path, scale: float) -> list[Item]:
-    names = [
-        {f.relative_to(folder).with_suffix(""): f for f in _files(folder)} for folder in (targets, sources)
-    ]
+    names = [{f.relative_to(folder).with_suffix(""): f for f in _files(folder)} for folder in (targets, sources)]
     alone = sorted(set(names[0]) ^ set(names[1]))
     if alone:
         folder, other = (targets, sources) if alone[0] in names[0] else (sources, targets)
         raise DataError(
-            f"every picture needs a partner: {alone[0]} is in {folder}, not in {other} "
-            f"({len(alone)} such names)"
+            f"every picture needs a partner: {alone[0]} is in {folder}, not in {other} ({len(alone)} such names)"
         )
     items = []
     for name, file in names[0].items():
@@ -283,8 +272,7 @@ class Pictures(Dataset):
         size = _whole(target.shape[-2:], self.scale)
         step = round(self.scale) if self.scale == round(self.scale) else 1
         top, left = (
-            int(place * ((side - self.crop) // step + 1)) * step
-            for place, side in zip((u, v), size, strict=True)
+            int(place * ((side - self.crop) // step + 1)) * step for place, side in zip((u, v), size, strict=True)
         )
         window = (top, left, top + self.crop, left + self.crop)
         x, y = tensor(conditioned(target, source, self.scale, window)), tensor(cut(target, window))
@@ -330,9 +318,9 @@ class Pictures(Dataset):
         target = self._channels(item.target(), item.name)
         source = None if item.source is None else self._channels(item.source(), item.name)
         self._kept[index] = target, source
-        while len(self._kept) > 1 and sum(
-            a.nbytes for pair in self._kept.values() for a in pair if a is not None
-        ) > (self.memory):
+        while len(self._kept) > 1 and sum(a.nbytes for pair in self._kept.values() for a in pair if a is not None) > (
+            self.memory
+        ):
             self._kept.popitem(last=False)
         return target, source
 
@@ -340,9 +328,7 @@ class Pictures(Dataset):
         if len(values) == 1 and self.channels == 3:
             return np.repeat(values, 3, 0)
         if len(values) != self.channels:
-            raise DataError(
-                f"{name}: the network has {self.channels} channels, the picture has {len(values)}"
-            )
+            raise DataError(f"{name}: the network has {self.channels} channels, the picture has {len(values)}")
         return values
 
 
@@ -447,9 +433,7 @@ class Order(Sampler[tuple[int, int]]):
     iteration to begin with.
     """
 
-    def __init__(
-        self, count: int, batch: int, *, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, count: int, batch: int, *, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> None:
         self.count, self.batch, self.seed, self.start, self.rank, self.world = (
             count,
             batch,

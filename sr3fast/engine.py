@@ -148,23 +148,17 @@ class _PackedConv(_Conv):
     def __init__(self, weight: Tensor, bias: Tensor | None, shape: Sequence[int], stride: int = 1):
         super().__init__(weight, bias, shape, stride)
         self.how = ([self.padding] * 2, [stride] * 2, [1, 1], 1)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.contiguous(), *self.how, list(shape)
-        )
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), *self.how, list(shape))
 
     def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False) -> Tensor:
         if onto is None:
-            return torch.ops.mkldnn._convolution_pointwise(
-                h, self.weight, self.bias, *self.how, "none", [], ""
-            )
+            return torch.ops.mkldnn._convolution_pointwise(h, self.weight, self.bias, *self.how, "none", [], "")
         epilogue: Any = ("add", 1.0, None, [], None)
         if owned:
             return torch.ops.mkldnn._convolution_pointwise_.binary(
                 onto, h, self.weight, self.bias, *self.how, *epilogue
             )
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            h, onto, self.weight, self.bias, *self.how, *epilogue
-        )
+        return torch.ops.mkldnn._convolution_pointwise.binary(h, onto, self.weight, self.bias, *self.how, *epilogue)
 
 
 class _Upsample:
@@ -194,9 +188,7 @@ class _PackedUpsample(_TransposedUpsample):
         super().__init__(pack(weight.contiguous(), *self.how, list(shape)), bias)
 
     def __call__(self, h: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_transpose_pointwise(
-            h, self.weight, self.bias, *self.how, "none", [], ""
-        )
+        return torch.ops.mkldnn._convolution_transpose_pointwise(h, self.weight, self.bias, *self.how, "none", [], "")
 
 
 def transposed_weight(weight: Tensor) -> Tensor:
@@ -254,9 +246,7 @@ class _Block:
             weights = block.skip.weight.split([p.channels for p in parts], 1)
             if form.late_bias:
                 biases = [
-                    w.detach().flatten(1).float() @ b
-                    for w, b in zip(weights, biases, strict=False)
-                    if b is not None
+                    w.detach().flatten(1).float() @ b for w, b in zip(weights, biases, strict=False) if b is not None
                 ]
                 biases.append(block.skip.bias)
             for k, weight in enumerate(weights):
@@ -314,9 +304,7 @@ class _Attention:
         self.norm = build.norm(attention.norm, part.bias, silu=False)
         self.qkv = build.conv(attention.qkv, bias=False)
         late = _sum([None if part.late else part.bias, attention.out.bias]) if late_bias else None
-        self.out_conv = build.conv(
-            attention.out, bias=not late_bias, instead=late if exact and late_bias else None
-        )
+        self.out_conv = build.conv(attention.out, bias=not late_bias, instead=late if exact and late_bias else None)
         self.lazy = lazy and build.lazy
         self.out = _Part(part.channels, None if exact else late, self.lazy)
 
@@ -452,9 +440,9 @@ class _Network:
         B, Cy, H, W = shape
         self.unet, self.form, self.device, self.shape = unet, form, device, tuple(shape)
         Cx = unet.in_channels - Cy
-        self.input = torch.zeros(
-            (B, self.padded(unet.in_channels), H, W), dtype=dtype, device=device
-        ).contiguous(memory_format=torch.channels_last if form.channels_last else torch.contiguous_format)
+        self.input = torch.zeros((B, self.padded(unet.in_channels), H, W), dtype=dtype, device=device).contiguous(
+            memory_format=torch.channels_last if form.channels_last else torch.contiguous_format
+        )
         self.x = self.input[:, :Cx] if Cx else None
         self.into = self.input[:, Cx : Cx + Cy]
         blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock)]
@@ -891,9 +879,7 @@ class Engine:
                         body()
                 reset()
                 current.wait_stream(stream)
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-                ):
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     body()
             except RuntimeError as error:  # out of memory is one
                 self._pool = None

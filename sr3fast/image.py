@@ -52,13 +52,9 @@ def read(path: str | Path) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise ImageError(f"{path}: {error} Cut it into parts first") from error
         except UnidentifiedImageError as error:
-            raise ImageError(
-                f"{path}: not an image that Pillow can read: convert it to PNG or JPEG"
-            ) from error
+            raise ImageError(f"{path}: not an image that Pillow can read: convert it to PNG or JPEG") from error
         except _BROKEN as error:
-            raise ImageError(
-                f"{path}: a broken image ({_line(error)}): copy it again or convert it"
-            ) from error
+            raise ImageError(f"{path}: a broken image ({_line(error)}): copy it again or convert it") from error
         check_size(picture.size, str(path))
         try:
             picture.load()
@@ -110,9 +106,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno, "no space left on the disk: free some or write elsewhere", str(path)
-            ) from error
+            raise OSError(error.errno, "no space left on the disk: free some or write elsewhere", str(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,9 +13,7 @@ from .image import quantize, resize
 
 def _pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if a.ndim != 4 or a.shape != b.shape:
-        raise ValueError(
-            f"two batches of one shape [B, C, H, W] are compared: got {list(a.shape)} and {list(b.shape)}"
-        )
+        raise ValueError(f"two batches of one shape [B, C, H, W] are compared: got {list(a.shape)} and {list(b.shape)}")
     return a.detach(), b.detach()
 
 
@@ -60,9 +58,7 @@ def consistency(y: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     down is Pillow's bicubic; no rounding.
     """
     if y.ndim != 4 or y.shape[:2] != source.shape[:2]:
-        raise ValueError(
-            f"batch and channels of y and source differ: {list(y.shape)} and {list(source.shape)}"
-        )
+        raise ValueError(f"batch and channels of y and source differ: {list(y.shape)} and {list(source.shape)}")
     down = resize(y.detach().float(), (source.shape[-2], source.shape[-1]))
     return ((down.double() - source.detach().double()) / 2).square().mean((1, 2, 3))
 

@@ -24,12 +24,13 @@ def _vector(t: Tensor | None) -> tuple[int, int] | None:
     return None if t is None else (t.data_ptr(), _DTYPES[t.dtype])
 
 
-def _scalar(t: Tensor) -> tuple[int, bool]:
-    return t.data_ptr(), t.device.type == "cpu"
+def _scalar(value: float | Tensor) -> float | tuple[int, bool]:
+    """A number, or where it is and whether that is on the host."""
+    return (value.data_ptr(), value.device.type == "cpu") if isinstance(value, Tensor) else value
 
 
-def _seeds(t: Tensor) -> tuple[int, bool, bool]:
-    return t.data_ptr(), t.device.type == "cpu", t.ndim == 1
+def _seeds(seed: int | Tensor) -> int | tuple[int, bool, bool]:
+    return (seed.data_ptr(), seed.device.type == "cpu", seed.ndim == 1) if isinstance(seed, Tensor) else seed
 
 
 def _address(t: Tensor | None) -> int:

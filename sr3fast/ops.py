@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import backend
 from . import noise as noise_v1
@@ -63,10 +64,10 @@ def noise(
     if not 0 <= domain < 65536:
         raise ValueError(f"domain must be in 0 .. 65535: got {domain}")
     device = torch.device("cpu") if device is None else torch.device(device)
-    h0, w0 = _origin(origin)
-    return torch.ops.sr3fast.noise(
-        _seed(seed, shape[0], device), _step(step, 0, device), list(shape), domain, h0, w0, dtype, device
-    )
+    seed, step, place = _seed(seed, shape[0], device), _step(step, 0, device), (domain, *_origin(origin))
+    if not _watched():
+        return _noise(seed, step, shape, *place, dtype, device)
+    return torch.ops.sr3fast.noise(_int64(seed), _int64(step), list(shape), *place, dtype, device)
 
 
 def refine(
@@ -104,12 +105,17 @@ def refine(
     Raises:
         ValueError, TypeError: see the ranges above.
     """
-    y, eps_hat, seed_t, z, (h0, w0) = _step_inputs("y_t", y_t, eps_hat, seed, z, origin)
+    y, eps_hat, seed, z, origin = _step_inputs("y_t", y_t, eps_hat, seed, z, origin)
     alpha, gamma = _alpha_gamma(alpha_t, gamma_t, y.device)
-    args = (y, eps_hat, alpha, gamma, seed_t, _step(step, 1, y.device), z, h0, w0)
-    if out is None and into is None:
+    step = _step(step, 1, y.device)
+    if out is not None or into is not None:
+        out = _outputs(y, {"y_t": y_t, "eps_hat": eps_hat, "z": z}, out, into)
+        if not _watched(y):
+            _refine_out(y, eps_hat, alpha, gamma, seed, step, z, *origin, out, into)
+            return out
+    args = (y, eps_hat, _float64(alpha), _float64(gamma), _int64(seed), _int64(step), z, *origin)
+    if out is None:
         return torch.ops.sr3fast.refine(*args)
-    out = _outputs(y, {"y_t": y_t, "eps_hat": eps_hat, "z": z}, out, into)
     torch.ops.sr3fast.refine_out(*args, out, into)
     return out
 
@@ -153,7 +159,7 @@ def solver_step(
         ValueError, TypeError: wrong shapes, dtypes or devices; a row that reads history that was not given.
     """
     given = y
-    y, eps_hat, seed_t, z, (h0, w0) = _step_inputs("y", y, eps_hat, seed, z, origin)
+    y, eps_hat, seed, z, origin = _step_inputs("y", y, eps_hat, seed, z, origin)
     if len(history) > 2:
         raise ValueError(f"history holds at most m_(t+1) and m_(t+2): got {len(history)} tensors")
     m1, m2 = [_like("history", m, y) for m in history] + [None] * (2 - len(history))
@@ -162,7 +168,7 @@ def solver_step(
             raise ValueError(f"a row is (recip, ratio, clip, A, B, C0, C1, C2, S), nine numbers: got {len(row)}")
         values = row
         if torch.compiler.is_compiling():
-            row = torch.stack([_number(v) for v in row]).float()
+            row = torch.stack([_float64(v) for v in row]).float()
         else:
             row = torch.tensor(row, dtype=torch.float32)
     elif row.shape != (9,) or row.dtype != torch.float32:
@@ -173,16 +179,21 @@ def solver_step(
         if coefficient != 0 and m is None:
             raise ValueError(f"the row has {name}={coefficient:g} but history holds {len(history)} tensors")
     _check_scalar_device("row", row, y.device)
-    args = (y, eps_hat, row, seed_t, _step(step, 1, y.device), m1, m2, z, h0, w0)
+    step = _step(step, 1, y.device)
     if out is None and into is None:
-        return torch.ops.sr3fast.solver_step(*args)
+        return torch.ops.sr3fast.solver_step(y, eps_hat, row, _int64(seed), _int64(step), m1, m2, z, *origin)
     y_out, m_out = out if isinstance(out, tuple) else (out, None)
     inputs = {"y": given, "eps_hat": eps_hat, "z": z}
     y_out = _outputs(y, {**inputs, "m1": m1, "m2": m2}, y_out, into)
     if m_out is not None:
         # an element of m_{t+1}, m_{t+2} is read before the same element of m is written
-        _check_out("m", m_out, y, {**inputs, "out": y_out, "into": into}, in_place=(m1, m2))
-    torch.ops.sr3fast.solver_step_out(*args, y_out, m_out, into)
+        others = {**inputs, "m1": m1, "m2": m2, "out": y_out, "into": into}
+        _check_out("m", m_out, y, others, may_be=("m1", "m2"))
+    rest = (m1, m2, z, *origin, y_out, m_out, into)
+    if _watched(y):
+        torch.ops.sr3fast.solver_step_out(y, eps_hat, row, _int64(seed), _int64(step), *rest)
+    else:
+        _solver_step_out(y, eps_hat, row, seed, step, *rest)
     return y_out, y.new_empty(0) if m_out is None else m_out
 
 
@@ -231,10 +242,10 @@ def q_sample(
     elif seed is None:
         raise ValueError("q_sample needs a seed or eps: got neither")
     gamma = _gamma(gamma, y)
-    h0, w0 = _origin(origin)
-    args = (y, gamma, _seed(0 if seed is None else seed, y.shape[0], y.device), _step(step, 0, y.device), eps, h0, w0)
+    seed, step = _seed(0 if seed is None else seed, y.shape[0], y.device), _step(step, 0, y.device)
+    place = _origin(origin)
     if out is None and into is None:
-        y_t, drawn = torch.ops.sr3fast.q_sample(*args)
+        y_t, drawn = torch.ops.sr3fast.q_sample(y, gamma, _int64(seed), _int64(step), eps, *place)
         return y_t, drawn if eps is None else given_eps
     y_out, eps_out = out if isinstance(out, tuple) else (out, None)
     y_out = _outputs(y, {"y_0": y_0, "eps": eps}, y_out, into)
@@ -244,7 +255,11 @@ def q_sample(
         _check_out("eps", eps_out, y, {"y_0": y_0, "out": y_out, "into": into})
     elif eps is None:
         eps_out = torch.empty_like(y)
-    torch.ops.sr3fast.q_sample_out(*args, y_out, eps_out, into)
+    rest = (eps, *place, y_out, eps_out, into)
+    if _watched(y):
+        torch.ops.sr3fast.q_sample_out(y, gamma, _int64(seed), _int64(step), *rest)
+    else:
+        _q_sample_out(y, gamma, seed, step, *rest)
     return y_out, given_eps if eps is not None else eps_out  # type: ignore[return-value]
 
 
@@ -393,17 +408,40 @@ def _origin(origin: Origin) -> Origin:
     return h0, w0
 
 
-def _seed(seed: Seed, batch: int, device: torch.device) -> Tensor:
-    """int64, 0-dim (sample i uses seed + i) or [B]; on the host where it came from there as one int."""
+def _watched(*tensors: Tensor) -> bool:
+    """Does anybody want to see the call, as torch.compile or a tensor subclass does? Then it goes through torch's
+    dispatcher; else, for inference, straight to the home, which saves a third of a small call."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def _int64(value: int | Tensor) -> Tensor:
+    """A number as the dispatcher takes it: a tensor on the host."""
+    return value if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=torch.int64)
+
+
+def _float64(value: float | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if torch.compiler.is_compiling():  # where the other would compile anew for every other float
+        return torch.ones((), dtype=torch.float64) * value
+    return torch.scalar_tensor(value, dtype=torch.float64)
+
+
+def _seed(seed: Seed, batch: int, device: torch.device) -> int | Tensor:
+    """The 64 bits as an int64: a number or tensor of which sample i uses seed + i, or a tensor [B]."""
     if isinstance(seed, int) and not isinstance(seed, bool):
-        return torch.scalar_tensor(noise_v1.signed64(seed), dtype=torch.int64)
+        return noise_v1.signed64(seed)
     if isinstance(seed, Tensor) and seed.ndim == 0 and seed.dtype == torch.int64:
         _check_scalar_device("seed", seed, device)
         return seed
     return noise_v1.seeds(seed, batch, device).contiguous()
 
 
-def _step(step: int | Tensor, least: int, device: torch.device) -> Tensor:
+def _step(step: int | Tensor, least: int, device: torch.device) -> int | Tensor:
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.numel() != 1:
             raise TypeError(f"a step tensor must hold one int64: got {step.dtype} {tuple(step.shape)}")
@@ -413,7 +451,7 @@ def _step(step: int | Tensor, least: int, device: torch.device) -> Tensor:
         return step.view(())
     if not least <= step < 1 << 32:
         raise ValueError(f"step must be in {least} .. 2^32 - 1: got {step}")
-    return torch.scalar_tensor(step, dtype=torch.int64)
+    return step
 
 
 def _readable(t: Tensor) -> bool:
@@ -421,36 +459,33 @@ def _readable(t: Tensor) -> bool:
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _number(value: float) -> Tensor:
-    """A number as a float64 tensor on the host."""
-    if torch.compiler.is_compiling():  # where the other would compile anew for every other float
-        return torch.ones((), dtype=torch.float64) * value
-    return torch.scalar_tensor(value, dtype=torch.float64)
-
-
-def _scalar64(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+def _one_number(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
+    """A float, or a float64 tensor of one element where the kernel is to read it."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number: got a tensor {tuple(value.shape)}")
         _check_scalar_device(name, value, device)
         return value.detach().to(torch.float64).view(())
-    return _number(value)
+    return value
 
 
-def _alpha_gamma(alpha: float | Tensor, gamma: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _alpha_gamma(
+    alpha: float | Tensor, gamma: float | Tensor, device: torch.device
+) -> tuple[float | Tensor, float | Tensor]:
+    alpha, gamma = _one_number("alpha_t", alpha, device), _one_number("gamma_t", gamma, device)
     least = 0.0
-    alpha_64, gamma_64 = _scalar64("alpha_t", alpha, device), _scalar64("gamma_t", gamma, device)
     if not isinstance(gamma, Tensor) or _readable(gamma):
-        least = gamma = float(gamma)
-        if not 0 < gamma < 1:
-            raise ValueError(f"gamma_t must be in (0, 1): got {gamma}")
+        least = float(gamma)
+        if not 0 < least < 1:
+            raise ValueError(f"gamma_t must be in (0, 1): got {least}")
     if not isinstance(alpha, Tensor) or _readable(alpha):
-        alpha = float(alpha)
-        if not (least <= alpha <= 1 and alpha > 0):
-            raise ValueError(f"alpha_t must be in [gamma_t, 1] = [{least}, 1]: got {alpha}")
-    alpha, gamma = alpha_64, gamma_64
-    if alpha.device != gamma.device:  # the kernel reads both from one side
-        alpha, gamma = alpha.to(device), gamma.to(device)
+        value = float(alpha)
+        if not (least <= value <= 1 and value > 0):
+            raise ValueError(f"alpha_t must be in [gamma_t, 1] = [{least}, 1]: got {value}")
+    if isinstance(alpha, Tensor) or isinstance(gamma, Tensor):  # the kernel reads both from one side
+        alpha, gamma = _float64(alpha), _float64(gamma)
+        if alpha.device != gamma.device:
+            alpha, gamma = alpha.to(device), gamma.to(device)
     return alpha, gamma
 
 
@@ -459,7 +494,7 @@ def _gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
     if not isinstance(gamma, Tensor):
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1]: got {gamma}")
-        return _number(gamma)
+        return _float64(gamma)
     if not gamma.is_floating_point():
         raise TypeError(f"gamma must be floating point: got {gamma.dtype}")
     if gamma.numel() != 1 and gamma.shape != (y.shape[0],):
@@ -477,7 +512,7 @@ def _gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
 
 def _step_inputs(
     name: str, y: Tensor, eps_hat: Tensor, seed: Seed | None, z: Tensor | None, origin: Origin
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Origin]:
+) -> tuple[Tensor, Tensor, int | Tensor, Tensor | None, Origin]:
     _check_image(name, y, (torch.float32,))
     _check_channels(y.shape[1])
     _check_image("eps_hat", eps_hat, FLOATS)
@@ -493,26 +528,24 @@ def _step_inputs(
 
 
 def _outputs(y: Tensor, inputs: dict[str, Tensor | None], out: Tensor | None, into: Tensor | None) -> Tensor:
-    """Check out= and into= against the inputs; returns out, made where it was not given."""
+    """Check out= and into= against the inputs; out, made where it was not given, may be the first of them."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.values()):
+        raise ValueError("out= and into= are for inference: an input requires grad (use torch.no_grad())")
     if out is None:
         out = torch.empty_like(y)
     else:
-        first = next(iter(inputs))
-        rest = {k: v for k, v in inputs.items() if k != first}
-        _check_out("out", out, y, rest, in_place=(inputs[first],))
+        _check_out("out", out, y, inputs, may_be=(next(iter(inputs)),))
     if into is not None:
         _check_image("into", into, FLOATS)
         if into.shape != y.shape:
             raise ValueError(f"into must have the shape {tuple(y.shape)}: got {tuple(into.shape)}")
         _check_device("into", into, y.device)
         _check_apart("into", into, {**inputs, "out": out})
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.values()):
-        raise ValueError("out= and into= are for inference: an input requires grad (use torch.no_grad())")
     return out
 
 
 def _check_out(
-    name: str, out: Tensor, y: Tensor, others: dict[str, Tensor | None], in_place: Sequence[Tensor | None] = ()
+    name: str, out: Tensor, y: Tensor, others: dict[str, Tensor | None], may_be: tuple[str, ...] = ()
 ) -> None:
     _check_image(name, out, (y.dtype,))
     if out.shape != y.shape:
@@ -522,22 +555,22 @@ def _check_out(
         raise ValueError(f"{name} must have the input's layout, strides {y.stride()}: got {out.stride()}")
     if out.requires_grad:
         raise ValueError(f"{name} must not require grad: out= is for inference")
-    _check_apart(name, out, {str(i): t for i, t in enumerate(in_place)}, same_is_fine=True)
-    _check_apart(name, out, others)
+    _check_apart(name, out, others, may_be)
 
 
-def _check_apart(name: str, t: Tensor, others: dict[str, Tensor | None], same_is_fine: bool = False) -> None:
+def _check_apart(name: str, t: Tensor, others: dict[str, Tensor | None], may_be: tuple[str, ...] = ()) -> None:
+    """t and the others share no memory; one named in may_be may also be t itself."""
     if torch.compiler.is_compiling():  # no addresses there
         return
     low, high = _extent(t)
     for other_name, other in others.items():
         if other is None or other.device != t.device:
             continue
-        if same_is_fine and other.data_ptr() == low and other.stride() == t.stride():
-            continue
         other_low, other_high = _extent(other)
-        if low < other_high and other_low < high and not _interleaved(t, other):
-            raise ValueError(f"{name} must not overlap {other_name if not same_is_fine else 'an input'} in memory")
+        if low >= other_high or other_low >= high or _interleaved(t, other):
+            continue
+        if not (other_name in may_be and other_low == low and other.stride() == t.stride()):
+            raise ValueError(f"{name} must not overlap {other_name} in memory")
 
 
 def _extent(t: Tensor) -> tuple[int, int]:

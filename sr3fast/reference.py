@@ -18,38 +18,39 @@ Origin = tuple[int, int]
 
 
 def noise(
-    shape: tuple[int, ...], seed: Tensor, step: Tensor, domain: int, origin: Origin, device: torch.device
+    shape: tuple[int, ...], seed: int | Tensor, step: int | Tensor, domain: int, origin: Origin, device: torch.device
 ) -> tuple[Tensor]:
     """z = noise(seed_i, domain, step)[c, h, w] (noise.py)."""
     seed = noise_v1.seeds(seed, shape[0], device)
-    return (noise_v1.normals(seed, shape, domain, step.to(device), origin),)
+    return (noise_v1.normals(seed, shape, domain, torch.as_tensor(step, device=device), origin),)
 
 
-def _z(like: Tensor, seed: Tensor, step: Tensor, domain: int, origin: Origin) -> Tensor:
+def _z(like: Tensor, seed: int | Tensor, step: int | Tensor, domain: int, origin: Origin) -> Tensor:
     return noise(tuple(like.shape), seed, step, domain, origin, like.device)[0]
 
 
-def refine_row(alpha: Tensor, gamma: Tensor, step: Tensor) -> Tensor:
+def refine_row(alpha: float | Tensor, gamma: float | Tensor, step: int | Tensor) -> Tensor:
     """The paper's step as a row; float64 in, float32 [9] out."""
+    alpha = torch.as_tensor(alpha, dtype=torch.float64)
+    gamma = torch.as_tensor(gamma, dtype=torch.float64, device=alpha.device)
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     a = one / alpha.sqrt()
     b = -((1 - alpha) / (1 - gamma).sqrt()) / alpha.sqrt()
-    s = torch.where(step.to(alpha.device) == 1, zero, (1 - alpha).sqrt())
+    s = torch.where(torch.as_tensor(step, device=alpha.device) == 1, zero, (1 - alpha).sqrt())
     return torch.stack([one, zero, one * math.inf, a, b, zero, zero, zero, s]).float()
 
 
 def refine(
     y_t: Tensor,
     eps_hat: Tensor,
-    alpha_t: Tensor,
-    gamma_t: Tensor,
-    seed: Tensor,
-    step: Tensor,
+    alpha_t: float | Tensor,
+    gamma_t: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
     z: Tensor | None,
     origin: Origin,
 ) -> tuple[Tensor]:
     """y_{t-1} = (y_t - (1-alpha_t)/sqrt(1-gamma_t) eps_hat)/sqrt(alpha_t) + sqrt(1-alpha_t) z, z = 0 at step 1."""
-    gamma_t = gamma_t.to(alpha_t.device)
     row = refine_row(alpha_t, gamma_t, step)
     return solver_step(y_t, eps_hat, row, seed, step, None, None, z, origin)[:1]
 
@@ -58,8 +59,8 @@ def solver_step(
     y: Tensor,
     eps_hat: Tensor,
     row: Tensor,
-    seed: Tensor,
-    step: Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
     m1: Tensor | None,
     m2: Tensor | None,
     z: Tensor | None,
@@ -84,7 +85,7 @@ def solver_step(
 
 
 def q_sample(
-    y_0: Tensor, gamma: Tensor, seed: Tensor, step: Tensor, eps: Tensor | None, origin: Origin
+    y_0: Tensor, gamma: Tensor, seed: int | Tensor, step: int | Tensor, eps: Tensor | None, origin: Origin
 ) -> tuple[Tensor, Tensor]:
     """y_t = sqrt(gamma) y_0 + sqrt(1 - gamma) eps."""
     gamma = gamma.to(y_0.device).view(-1, 1, 1, 1)

@@ -112,9 +112,7 @@ class Sampler:
         scale: float | None = None,
     ):
         if not (callable(f_theta) or hasattr(f_theta, "start")):
-            raise TypeError(
-                f"f_theta must be callable as f_theta(x, y_t, level): got {type(f_theta).__name__}"
-            )
+            raise TypeError(f"f_theta must be callable as f_theta(x, y_t, level): got {type(f_theta).__name__}")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a sr3fast.Schedule: got {type(schedule).__name__}")
         if level not in LEVELS:
@@ -353,9 +351,7 @@ class Sampler:
         if x is not None:
             _check_x(x)
         if y_T is not None and not (isinstance(y_T, Tensor) and y_T.is_floating_point()):
-            raise TypeError(
-                f"y_T must be a float tensor: got {y_T.dtype if isinstance(y_T, Tensor) else type(y_T)}"
-            )
+            raise TypeError(f"y_T must be a float tensor: got {y_T.dtype if isinstance(y_T, Tensor) else type(y_T)}")
         device = self._place(x, y_T)
         if x is not None:
             x = x.detach().to(device, torch.float32)
@@ -412,14 +408,11 @@ class Sampler:
             return own or torch.device("cpu")
         if own is not None and given.device != own:
             raise ValueError(
-                "x and f_theta must be on one device (or Sampler(device=) says where):"
-                f" got {given.device} and {own}"
+                f"x and f_theta must be on one device (or Sampler(device=) says where): got {given.device} and {own}"
             )
         return given.device
 
-    def _shape(
-        self, x: Tensor | None, shape: Sequence[int] | None, y_T: Tensor | None
-    ) -> tuple[int, int, int, int]:
+    def _shape(self, x: Tensor | None, shape: Sequence[int] | None, y_T: Tensor | None) -> tuple[int, int, int, int]:
         if shape is None and y_T is not None:
             shape = y_T.shape
         if shape is None:
@@ -439,13 +432,9 @@ class Sampler:
         if self.scale is None:
             raise ValueError("consistency=True needs the enlargement: Sampler(..., scale=4)")
         if x is None or x.shape != shape:
-            raise ValueError(
-                f"consistency compares y_0 with x of its shape {list(shape)}: got {_shape_of(x)}"
-            )
+            raise ValueError(f"consistency compares y_0 with x of its shape {list(shape)}: got {_shape_of(x)}")
         if any((side / self.scale) % 1 for side in shape[2:]):
-            raise ValueError(
-                f"consistency needs sides that scale={self.scale:g} divides: got {list(shape[2:])}"
-            )
+            raise ValueError(f"consistency needs sides that scale={self.scale:g} divides: got {list(shape[2:])}")
 
     @torch.no_grad()
     def _image(self, y: Tensor, x: Tensor | None, consistency: bool) -> Tensor:
@@ -504,17 +493,13 @@ class _Adapter:
     def start(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> _Eager:
         if self.graph and levels.device.type != "cuda":
             raise ValueError(f"graph=True captures a CUDA graph: got tensors on {levels.device}")
-        dtype = self.dtype or next(
-            (p.dtype for p in _parameters(self.f_theta) if p.is_floating_point()), torch.float32
-        )
+        dtype = self.dtype or next((p.dtype for p in _parameters(self.f_theta) if p.is_floating_point()), torch.float32)
         run = _Captured if self.graph else _Eager
         return run(self.f_theta, None if x is None else x.to(dtype), shape, levels, dtype)
 
 
 class _Eager:
-    def __init__(
-        self, f_theta: Function, x: Tensor | None, shape: Sequence[int], levels: Tensor, dtype: torch.dtype
-    ):
+    def __init__(self, f_theta: Function, x: Tensor | None, shape: Sequence[int], levels: Tensor, dtype: torch.dtype):
         self.f_theta = f_theta
         self.x = x
         self.into = torch.empty(tuple(shape), dtype=dtype, device=levels.device)
@@ -525,9 +510,7 @@ class _Eager:
         # clones: f_theta may keep, or overwrite, what it is given
         eps_hat = self.f_theta(self.x, self.into.clone(), self.levels[i].clone())
         if not isinstance(eps_hat, Tensor) or eps_hat.shape != self.into.shape:
-            raise ValueError(
-                f"f_theta must return y_t's shape {list(self.into.shape)}: got {_shape_of(eps_hat)}"
-            )
+            raise ValueError(f"f_theta must return y_t's shape {list(self.into.shape)}: got {_shape_of(eps_hat)}")
         return eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
 
 
@@ -594,9 +577,7 @@ def _evaluation(f_theta: Any) -> Iterator[None]:
 
 def _check_x(x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(
-            f"x must be a tensor [B, C, H, W] in [-1, 1] (see sr3fast.upscale for pictures): got {type(x)}"
-        )
+        raise TypeError(f"x must be a tensor [B, C, H, W] in [-1, 1] (see sr3fast.upscale for pictures): got {type(x)}")
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must be [B, C, H, W], each at least 1: got {list(x.shape)}")
     if x.is_complex() or x.dtype == torch.bool:
@@ -614,9 +595,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-def _repeat(
-    x: Tensor | None, shape: Sequence[int] | None, n: int
-) -> tuple[Tensor | None, Sequence[int] | None]:
+def _repeat(x: Tensor | None, shape: Sequence[int] | None, n: int) -> tuple[Tensor | None, Sequence[int] | None]:
     """One source n times."""
     if isinstance(n, bool) or not isinstance(n, int) or n < 2:
         raise ValueError(f"samples must be a whole number of at least 2, to have a deviation: got {n!r}")
@@ -629,13 +608,7 @@ def _repeat(
 
 
 def _shape_of(value: Any) -> str:
-    return (
-        str(list(value.shape))
-        if isinstance(value, Tensor)
-        else repr(value)
-        if value is None
-        else str(type(value))
-    )
+    return str(list(value.shape)) if isinstance(value, Tensor) else repr(value) if value is None else str(type(value))
 
 
 class _NoBar:

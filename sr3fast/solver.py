@@ -206,9 +206,7 @@ def _ddpm(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]
         yield Weights(
             A=math.sqrt(alpha) * (1 - b) / (1 - a),
             C0=math.sqrt(b) * (1 - alpha) / (1 - a),
-            S=0.0
-            if step.last
-            else math.sqrt(posterior ** (1 - options.variance) * (1 - alpha) ** options.variance),
+            S=0.0 if step.last else math.sqrt(posterior ** (1 - options.variance) * (1 - alpha) ** options.variance),
         )
 
 

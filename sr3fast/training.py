@@ -53,9 +53,7 @@ class TrainConfig:
     data: Path  # folder of pictures, of hr/ and lr/, Janspiry's folders or LMDB, or a .npy [N, C, H, W]
     out: Path  # folder of the run: checkpoint.pt, model/, log.jsonl
     resume: bool = False  # go on from the checkpoint in `out`
-    init: Path | None = (
-        None  # weights to begin with (their network and task): a folder, or Janspiry's _gen.pth
-    )
+    init: Path | None = None  # weights to begin with (their network and task): a folder, or Janspiry's _gen.pth
     iterations: int = 100_000  # optimizer steps in all, those before --resume included
     batch_size: int = 16  # of one rank and iteration, micro-batches included
     crop: int = 64  # side of a training crop, in pixels of the target
@@ -132,13 +130,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {choices}: got {getattr(self, name)!r}")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"accumulate must divide the batch: got batch_size={self.batch_size}, "
-                f"accumulate={self.accumulate}"
+                f"accumulate must divide the batch: got batch_size={self.batch_size}, accumulate={self.accumulate}"
             )
         if self.crop % 2 ** (len(self.multipliers) - 1):
             raise ValueError(
-                f"the crop must be a multiple of 2^(levels - 1) = {2 ** (len(self.multipliers) - 1)}: "
-                f"got {self.crop}"
+                f"the crop must be a multiple of 2^(levels - 1) = {2 ** (len(self.multipliers) - 1)}: got {self.crop}"
             )
         if not self.lr > 0 or not 0 <= self.ema < 1:
             raise ValueError(f"lr must be above 0 and ema in [0, 1): got lr={self.lr}, ema={self.ema}")
@@ -396,9 +392,7 @@ class Trainer:
                     "give the same flags, or another --out"
                 )
         if len(state["rng"]) != self.ranks.world:
-            raise ValueError(
-                f"{path} was trained on {len(state['rng'])} ranks, not {self.ranks.world}: start as many"
-            )
+            raise ValueError(f"{path} was trained on {len(state['rng'])} ranks, not {self.ranks.world}: start as many")
         self.unet.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -408,9 +402,7 @@ class Trainer:
         if self.device.type == "cuda" and len(rng) > 1:
             torch.cuda.set_rng_state(rng[1], self.device)
 
-    def export(
-        self, folder: Path, dtype: torch.dtype | None = None, card: dict[str, Any] | None = None
-    ) -> None:
+    def export(self, folder: Path, dtype: torch.dtype | None = None, card: dict[str, Any] | None = None) -> None:
         """Write the averaged weights as `weights.load` reads them."""
         save(folder, self.averaged_model(card), dtype=dtype)
 
@@ -530,9 +522,7 @@ def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> No
     batches = trainer.batches(pictures)
     images = config.batch_size * trainer.ranks.world
     writer = _tensorboard(out) if config.tensorboard and leader else None
-    bar = tqdm(
-        total=config.iterations, initial=trainer.iteration, disable=None if leader else True, unit="it"
-    )
+    bar = tqdm(total=config.iterations, initial=trainer.iteration, disable=None if leader else True, unit="it")
     losses, since = [], time.perf_counter()
     while trainer.iteration < config.iterations:
         losses.append(trainer.step(batches))
@@ -558,9 +548,7 @@ def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> No
             trainer.save()
         if held_out and leader and (i % config.validate_every == 0 or i == config.iterations):
             scores, rows = validate(trainer.averaged_model(), held_out, config.validation_steps)
-            tqdm.write(
-                f"iteration {i}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            )
+            tqdm.write(f"iteration {i}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
             if writer:
                 for name, value in scores.items():
                     writer.add_scalar(f"validation/{name}", value, i)
@@ -574,9 +562,7 @@ def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> No
         writer.close()
 
 
-def validate(
-    model: Model, pictures: Pictures, steps: int = 10, count: int = 4
-) -> tuple[dict[str, float], list]:
+def validate(model: Model, pictures: Pictures, steps: int = 10, count: int = 4) -> tuple[dict[str, float], list]:
     """Mean PSNR, SSIM and consistency of the first `count` pictures by a few-step solver, and the rows
     (x, ours, truth), each [C, H, W]. Pictures are cut to at most 128 pixels a side.
     """
@@ -609,10 +595,7 @@ def contact_sheet(rows: list, path: Path) -> None:
     if rows[0][0].shape[0] not in (1, 3):
         return
     width = max(x.shape[-1] for x, _, _ in rows)
-    strips = [
-        torch.cat([nn.functional.pad(p, (0, width - p.shape[-1]), value=1.0) for p in row], -1)
-        for row in rows
-    ]
+    strips = [torch.cat([nn.functional.pad(p, (0, width - p.shape[-1]), value=1.0) for p in row], -1) for row in rows]
     image.write(image.to_picture(torch.cat(strips, -2)), path)
 
 
@@ -739,8 +722,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration in types that a checkpoint may hold."""
     plain = {f.name: getattr(config, f.name) for f in fields(config)}
     return {
-        name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
-        for name, v in plain.items()
+        name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for name, v in plain.items()
     }
 
 

@@ -248,19 +248,13 @@ class UNet(nn.Module):
             raise ValueError(f"y_t must be [B, {Cy}, H, W] for this network: got {list(y_t.shape)}")
         B, _, H, W = y_t.shape
         if H % self.multiple or W % self.multiple or H == 0 or W == 0:
-            raise ValueError(
-                f"the sides must be multiples of 2^(levels - 1) = {self.multiple}: got H={H}, W={W}"
-            )
+            raise ValueError(f"the sides must be multiples of 2^(levels - 1) = {self.multiple}: got H={H}, W={W}")
         if x is None and Cx:
             raise ValueError(f"x is missing: this network is conditional, it reads x of [B, {Cx}, H, W]")
         if x is not None and not Cx:
-            raise ValueError(
-                f"x must be None: this network is unconditional (in_channels = out_channels = {Cy})"
-            )
+            raise ValueError(f"x must be None: this network is unconditional (in_channels = out_channels = {Cy})")
         if x is not None and tuple(x.shape) != (B, Cx, H, W):
-            raise ValueError(
-                f"x must be {[B, Cx, H, W]}, the size of y_t with {Cx} channels: got {list(x.shape)}"
-            )
+            raise ValueError(f"x must be {[B, Cx, H, W]}, the size of y_t with {Cx} channels: got {list(x.shape)}")
         if self.variant == "sr3":
             if tuple(level.shape) != (B, 1) or not level.is_floating_point():
                 raise ValueError(
@@ -269,8 +263,7 @@ class UNet(nn.Module):
                 )
         elif tuple(level.shape) != (B,) or level.dtype != torch.int64:
             raise ValueError(
-                f"level must be an int64 tensor {[B]} (variant 'ddpm'): "
-                f"got {list(level.shape)} of {level.dtype}"
+                f"level must be an int64 tensor {[B]} (variant 'ddpm'): got {list(level.shape)} of {level.dtype}"
             )
 
 

@@ -167,9 +167,7 @@ class Upscaler:
             assert isinstance(y_0, Tensor)  # not Samples: samples= was not given
             y_0 = y_0[..., :height, :width]
             if self.consistency:
-                y_0 = y_0 + image.resize(
-                    small - image.resize(y_0, (small.shape[2], small.shape[3])), (height, width)
-                )
+                y_0 = y_0 + image.resize(small - image.resize(y_0, (small.shape[2], small.shape[3])), (height, width))
             y_0s.append(y_0[0].cpu())
         if samples is None:
             return large.with_color(y_0s[0])
@@ -188,9 +186,7 @@ class Upscaler:
 def _scale(model: Model, scale: float | None) -> float:
     if model.scale is None:
         if scale is None:
-            raise ValueError(
-                "these weights do not say how much they enlarge: give the scale they trained for"
-            )
+            raise ValueError("these weights do not say how much they enlarge: give the scale they trained for")
         return scale
     if scale is None:
         return model.scale

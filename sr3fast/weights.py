@@ -118,9 +118,7 @@ def find(name: str | Path) -> Path:
         )
     for file in (CONFIG, TENSORS):
         if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"weights are a folder with {CONFIG} and {TENSORS}: {folder} has no {file}"
-            )
+            raise FileNotFoundError(f"weights are a folder with {CONFIG} and {TENSORS}: {folder} has no {file}")
     return folder
 
 
@@ -255,9 +253,7 @@ class Structure:
             channels=channels,
             multipliers=tuple(width // channels for width in widths),
             blocks=len(levels[0]),
-            attention=tuple(
-                i for i, level in enumerate(levels) if f"downs.{level[0]}.attention.qkv.weight" in tensors
-            ),
+            attention=tuple(i for i, level in enumerate(levels) if f"downs.{level[0]}.attention.qkv.weight" in tensors),
             in_channels=in_channels,
             out_channels=out_channels,
         )

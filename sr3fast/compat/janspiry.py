@@ -195,9 +195,7 @@ def load(path: str | Path, config: Mapping[str, Any] | str | Path | None = None)
     elif betas is not None:
         schedule = betas
     else:
-        raise ValueError(
-            f"{path} has no betas: pass as config= a config file of {REPOSITORY}, with its beta_schedule"
-        )
+        raise ValueError(f"{path} has no betas: pass as config= a config file of {REPOSITORY}, with its beta_schedule")
     return unet, schedule
 
 
@@ -262,9 +260,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint, or cut short: {why}") from error
     if isinstance(state, Mapping) and "optimizer" in state:
-        raise ValueError(
-            f"{path} holds an optimizer's state: the network is in the file that ends in _gen.pth"
-        )
+        raise ValueError(f"{path} holds an optimizer's state: the network is in the file that ends in _gen.pth")
     tensors = isinstance(state, Mapping) and all(isinstance(t, Tensor) for t in state.values())
     if not tensors or not state:
         raise ValueError(f"{path} must hold a state dict, names to tensors: got {_kind(state)}")
@@ -280,9 +276,7 @@ def _kind(state: Any) -> str:
 
 def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the network's tensors, the diffusion's buffers), whatever wrappers put before their names."""
-    root = next(
-        (n[: -len("downs.0.weight")] for n in state if re.fullmatch(r"(.*\.)?downs\.0\.weight", n)), None
-    )
+    root = next((n[: -len("downs.0.weight")] for n in state if re.fullmatch(r"(.*\.)?downs\.0\.weight", n)), None)
     if root is None:
         raise ValueError(f"it has no denoise_fn.downs.0.weight (it begins with {', '.join(list(state)[:3])})")
     outer = root.removesuffix("denoise_fn.")
@@ -312,9 +306,7 @@ def _read_config(config: Mapping[str, Any] | str | Path | None) -> tuple[dict[st
     if model is None:
         unknown = [name for name in config if name not in OPTIONS and name not in DEFAULTS]
         if unknown:
-            raise ValueError(
-                f"a config has 'model', or some of {', '.join(OPTIONS)}: got {', '.join(unknown)}"
-            )
+            raise ValueError(f"a config has 'model', or some of {', '.join(OPTIONS)}: got {', '.join(unknown)}")
         return {OPTIONS.get(name, name): value for name, value in config.items()}, None
     options = {OPTIONS[name]: v for name, v in (model.get("unet") or {}).items() if name in OPTIONS}
     options["groups"] = options.get("groups") or 32  # what their code takes where it is absent or null
@@ -405,9 +397,7 @@ def _check_given(structure: Structure, variant: str, given: Mapping[str, Any], p
         said = tuple(said) if isinstance(said, list) else said
         if said is not None and said != value:
             theirs = THEIR_OPTION[name]
-            raise ValueError(
-                f"{path} is not of that config: {theirs} is {said} there and {value} in the tensors"
-            )
+            raise ValueError(f"{path} is not of that config: {theirs} is {said} there and {value} in the tensors")
     if "attention" in given and given.get("image_size"):
         sides = [given["image_size"] // 2**level for level in range(len(structure.multipliers))]
         levels = tuple(level for level, side in enumerate(sides) if side in given["attention"])
@@ -463,9 +453,7 @@ def accelerate(
         raise ValueError(f'rng must be "noise_v1" or "torch": got {rng!r}')
     if solver is None and steps is None and options.get("grid") is None:
         solver = "ddpm"
-    accelerated = _Accelerated(
-        inner, {"solver": solver, "steps": steps, **options}, rng, seed, strict, progress
-    )
+    accelerated = _Accelerated(inner, {"solver": solver, "steps": steps, **options}, rng, seed, strict, progress)
     if isinstance(getattr(inner, "betas", None), Tensor):
         accelerated.prepare()  # so that a wrong option is refused here
     inner.super_resolution = accelerated.super_resolution
