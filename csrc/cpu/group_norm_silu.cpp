@@ -8,6 +8,7 @@
 
 #include "../common/moments.h"
 #include "../common/ops.h"
+#include "pages.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -59,9 +60,9 @@ SR3FAST_INLINE Affine affine(const Norm& norm, int64_t b, int64_t c, int64_t cha
   return {mean - shift, rstd * read(norm.weight, c), read(norm.bias, c)};
 }
 
-template <bool silu>
+template <bool with_silu>
 SR3FAST_INLINE Floats activate(Floats n) {
-  return silu ? n * sigmoid(n) : n;
+  return with_silu ? silu(n) : n;
 }
 
 // d silu(n)/dn
@@ -266,11 +267,13 @@ void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& n
   parallel_team(threads, [&](int rank, int team, auto&& barrier) {
     const int split = split_of(team, B);
     const int64_t begin = HW * (rank % split) / split, end = HW * (rank % split + 1) / split;
-    const Buffer<float> coefficients(3 * C);  // mean, scale, bias of each channel
-    float *means = coefficients.at(0), *scales = coefficients.at(C), *biases = coefficients.at(2 * C);
+    const Buffer<float> coefficients(4 * C);  // mean, scale, bias, shift of each channel
+    float *means = coefficients.at(0), *scales = coefficients.at(C), *biases = coefficients.at(2 * C),
+          *shifts = coefficients.at(3 * C);
     for (int64_t b = split == 1 ? rank : 0; b < B; b += split == 1 ? team : 1) {
       float *my_mean = partial.at(int64_t{rank} * 2 * C), *my_m2 = my_mean + C;
       std::memset(my_mean, 0, 2 * C * sizeof(float));
+      for (int64_t c = 0; norm.shift && c < C; ++c) shifts[c] = read(norm.shift, b * C + c);
       for (int64_t i = begin; i < end; i += pixels_a_block) {
         const int64_t pixels = end - i < pixels_a_block ? end - i : pixels_a_block;
         if (s) {
@@ -278,10 +281,8 @@ void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& n
           for (int64_t p = 0; p < pixels; ++p)
             for (int64_t c = 0; c < C; c += kLanes) {
               const int64_t left = C - c, j = at + p * C + c;
-              Floats shift = {};
-              if (norm.shift)
-                for (int k = 0; k < kLanes && k < left; ++k) shift[k] = read(norm.shift, b * C + c + k);
-              const Floats v = (load_some(static_cast<const T*>(norm.h.data) + j, left, 0.0f) + shift) +
+              const Floats v = (load_some(static_cast<const T*>(norm.h.data) + j, left, 0.0f) +
+                                load_some(shifts + c, left, 0.0f)) +
                                load_some(static_cast<const T*>(norm.residual.data) + j, left, 0.0f);
               store_some(s + j, left, v);
             }
@@ -525,6 +526,8 @@ void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, f
 }  // namespace
 
 void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm& norm, Exec exec) {
+  ask_for_huge_pages(out);
+  ask_for_huge_pages(s);
   with_type(norm.h, [&](auto* data) {
     using T = std::remove_reference_t<decltype(*data)>;
     const auto run = norm.h.channels_last() || out.channels_last()
@@ -537,6 +540,8 @@ void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm&
 void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbias, float* dshift, Tensor grad,
                               Tensor grad_s, const float* mean, const float* rstd, const Norm& norm,
                               Exec exec) {
+  ask_for_huge_pages(dh);
+  ask_for_huge_pages(dh2);
   const int64_t B = grad.size[0], C = grad.size[1];
   const Buffer<float> per_sample(2 * B * C);
   float *dweight_of = per_sample.at(0), *dbias_of = per_sample.at(B * C);

@@ -272,25 +272,33 @@ SR3FAST_INLINE float sum(Floats v) {
   return lanes[0];
 }
 
-// 1/(1 + exp(-x)): exp by a degree 6 polynomial on [-ln2/2, ln2/2], within 2 ulp
-SR3FAST_INLINE Floats sigmoid(Floats x) {
-  Floats t = -x;
-  t = t > all(88.0f) ? all(88.0f) : t;
-  t = t < all(-87.0f) ? all(-87.0f) : t;
-  const Floats magic = all(12582912.0f);  // 1.5 2^23: the sum's low bits hold the rounded integer
-  const Floats shifted = t * 1.44269504f + magic;
-  const Floats n = shifted - magic;
-  const Floats r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
-  Floats p = all(1.3888889e-3f);
-  p = p * r + 8.3333333e-3f;
-  p = p * r + 4.1666667e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+// exp(-x) = 2^n 2^r, within 2 ulp: n the nearest integer, 2^r by a polynomial on [-1/2, 1/2].
+SR3FAST_INLINE Floats exp_minus(Floats x) {
+  constexpr float kLog2E = 1.44269504f;
+  const auto exp2 = [](Floats r) {
+    Floats p = all(1.3264727e-3f);
+    p = p * r + 9.6715130e-3f;
+    p = p * r + 5.5507336e-2f;
+    p = p * r + 2.4022242e-1f;
+    p = p * r + 6.9314700e-1f;
+    return p * r + 1.0f;
+  };
+#if defined(__AVX512F__)
+  const __m512 t = (__m512)(x * -kLog2E);
+  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Floats)_mm512_scalef_ps((__m512)exp2(x * -kLog2E - (Floats)n), n);
+#else
+  Floats t = x * -kLog2E;
+  t = t > all(126.0f) ? all(126.0f) : t;
+  t = t < all(-126.0f) ? all(-126.0f) : t;
+  const Floats shifted = t + 12582912.0f;  // 1.5 2^23: the sum's low bits hold the rounded integer
   const Ints exponent = (reinterpret_cast<Ints>(shifted) - 0x4b400000 + 127) << 23;
-  return 1.0f / (1.0f + p * reinterpret_cast<Floats>(exponent));
+  return exp2(t - (shifted - 12582912.0f)) * reinterpret_cast<Floats>(exponent);
+#endif
 }
+
+SR3FAST_INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp_minus(x)); }
+SR3FAST_INLINE Floats silu(Floats x) { return x / (1.0f + exp_minus(x)); }
 
 // A parameter vector element of any dtype.
 SR3FAST_INLINE float read(const Vector& v, int64_t i) {
