@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -52,40 +51,45 @@ class Timer:
         return (time.perf_counter() - begin) * 1e3
 
 
-def alternate(
-    benchmark: Any,
+def interleave(
     contestants: dict[str, Callable[[int], Any]],
     *,
-    first: str,
     seconds: float = 2.0,
     rounds: tuple[int, int] = (7, 500),
-) -> dict[str, float]:
-    """Median milliseconds of each contestant, f(round); they run in turn. pytest-benchmark sees `first`.
+) -> dict[str, list[float]]:
+    """Milliseconds of each contestant, f(round), call by call; they run in turn.
 
     Args:
         contestants: f(i) is one call; i rotates the inputs.
-        first: the one that pytest-benchmark's own table shows.
         seconds: about how long the whole takes; `rounds` bounds the number of turns.
     """
     timer = Timer()
     for f in contestants.values():
         f(0)
     turn = sum(timer(lambda f=f: f(1)) for f in contestants.values()) / 1e3
-    n = max(rounds[0], min(rounds[1], int(seconds / turn)))
     times: dict[str, list[float]] = {name: [] for name in contestants}
-
-    def others() -> None:
-        i = len(times[first])
+    for i in range(max(rounds[0], min(rounds[1], int(seconds / turn)))):
         for name, f in contestants.items():
-            if name != first:
-                times[name].append(timer(lambda f=f: f(i)))
+            times[name].append(timer(lambda f=f, i=i: f(i)))
+    return times
 
-    def ours() -> None:
-        i = len(times[first])
-        times[first].append(timer(lambda: contestants[first](i)))
 
-    benchmark.pedantic(ours, setup=others, rounds=n, iterations=1)
-    return {name: statistics.median(values) for name, values in times.items()}
+class Clock:
+    """pytest-benchmark's timer: it reads out seconds that were measured in turn with the others'."""
+
+    def __init__(self) -> None:
+        self.now, self.ticks = 0.0, iter(())
+
+    def show(self, benchmark: Any, seconds: list[float]) -> None:
+        self.ticks = iter([tick for t in seconds for tick in (0.0, t)])
+        benchmark.pedantic(lambda: None, rounds=len(seconds))
+
+    def __call__(self) -> float:
+        self.now += next(self.ticks, 0.0)
+        return self.now
+
+
+CLOCK = Clock()  # for pytest.mark.benchmark(timer=CLOCK)
 
 
 def assert_bits(name: str, actual: torch.Tensor, reference: torch.Tensor) -> None:
@@ -130,15 +134,6 @@ RESULTS = Results()
 def results() -> Results:
     """Add records here; they are printed and written at the end."""
     return RESULTS
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # what changes malloc for the rest of the process comes last
-    items.sort(key=lambda item: item.get_closest_marker("malloc_kept") is not None)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "malloc_kept: malloc returns no page to the system from here on")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import math
+import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +20,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, L2_BYTES, alternate, assert_as_exact, assert_bits, compile_wanted
+from conftest import CLOCK, DEVICE, L2_BYTES, assert_as_exact, assert_bits, compile_wanted, interleave
 
 from sr3fast import backend, ops
 from sr3fast.reference import refine_row
 from sr3fast.schedule import Schedule
 from sr3fast.solver import rows
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 GPU = DEVICE.type == "cuda"
 HOMES = [h for h in backend.HOMES[DEVICE.type] if not isinstance(backend.load(h), str)]
@@ -146,31 +151,33 @@ class Case:
 
     def runner(self, f: Callable[[Inputs], Any], sets: list[Inputs], home: str | None = None) -> Callable[[int], Any]:
         """f over the rotating inputs, in the part (forward, backward, both) that is measured."""
-        forced = backend.use(home) if home else contextlib.nullcontext()
+
+        def forced() -> contextlib.AbstractContextManager[None]:
+            return backend.use(home) if home else contextlib.nullcontext()
 
         def first(out: Any) -> torch.Tensor:
             return out[0] if isinstance(out, tuple) else out
 
         if self.does == "backward":
-            with forced:
+            with forced():
                 outs = [first(f(t)) for t in sets]
 
             def run(i: int) -> Any:
                 t = sets[i % len(sets)]
-                with backend.use(home) if home else contextlib.nullcontext():
+                with forced():
                     return torch.autograd.grad(outs[i % len(sets)], self.leaves(t), t["grad"], retain_graph=True)
 
         elif self.does == "forward+backward":
 
             def run(i: int) -> Any:
                 t = sets[i % len(sets)]
-                with backend.use(home) if home else contextlib.nullcontext():
+                with forced():
                     return torch.autograd.grad(first(f(t)), self.leaves(t), t["grad"])
 
         else:
 
             def run(i: int) -> Any:
-                with torch.no_grad(), backend.use(home) if home else contextlib.nullcontext():
+                with torch.no_grad(), forced():
                     return f(sets[i % len(sets)])
 
         return run
@@ -256,19 +263,21 @@ def copy_of(case: Case) -> Callable[[int], Any]:
     return lambda i: pairs[i % n][1].copy_(pairs[i % n][0])
 
 
-def measure(benchmark: Any, results: Any, case: Case, home: str, malloc: str) -> None:
-    case.check(home)
+def contestants(case: Case, home: str) -> dict[str, Callable[[int], Any]]:
     sets = input_sets(case)
-    contestants = {
+    return {
         "copy": copy_of(case),
         "eager": case.runner(case.eager, sets),
         home: case.runner(case.ours, sets, home),
     }
-    ms = alternate(benchmark, contestants, first=home)
+
+
+def report(benchmark: Any, results: Any, case: Case, home: str, times: dict[str, list[float]], **about: Any) -> None:
+    ms = {name: statistics.median(values) for name, values in times.items()}
     rate = {name: case.size * (2 if name == "copy" else case.passes) / ms[name] / 1e6 for name in ms}
     record = {
         **case.describe(),
-        **({} if GPU else {"malloc": malloc}),
+        **about,
         "home": home,
         "ms": ms[home],
         "GB/s": rate[home],
@@ -279,12 +288,17 @@ def measure(benchmark: Any, results: Any, case: Case, home: str, malloc: str) ->
     }
     benchmark.extra_info.update(record)
     results.add(f"ops-{DEVICE.type}", **record)
+    CLOCK.show(benchmark, [t / 1e3 for t in times[home]])
 
 
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_op(benchmark, results, case, home):
-    measure(benchmark, results, case, home, "as it comes")
+    case.check(home)
+    report(benchmark, results, case, home, interleave(contestants(case, home)))
+
+
+MALLOC = ("as it comes", "kept")
 
 
 def keep_pages() -> None:
@@ -295,12 +309,15 @@ def keep_pages() -> None:
     assert all(libc.mallopt(*setting) == 1 for setting in settings)
 
 
-@pytest.mark.malloc_kept
 @pytest.mark.skipif(GPU or not sys.platform.startswith("linux"), reason="of glibc's malloc")
+@pytest.mark.parametrize("malloc", MALLOC)
 @pytest.mark.parametrize("case", [c for c in STEPS if c.op in ("refine", "q_sample")], ids=lambda c: c.name)
-def test_malloc_kept(benchmark, results, case):
-    keep_pages()
-    measure(benchmark, results, case, HOMES[0], "kept")
+def test_fresh_process(benchmark, results, case, malloc):
+    """How often malloc returns pages to the system depends on what a process did before: here, nothing."""
+    case.check(HOMES[0])
+    command = [sys.executable, __file__, case.name, malloc]
+    times = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    report(benchmark, results, case, HOMES[0], times, malloc=malloc)
 
 
 @pytest.mark.skipif(not compile_wanted(), reason="no compiler, or SR3FAST_BENCH_COMPILE=0")
@@ -312,8 +329,8 @@ def test_against_torch_compile(benchmark, results, case):
     sets = input_sets(case)
     torch._dynamo.reset()
     compiled = torch.compile(case.eager, fullgraph=True)
-    contestants = {"compile": case.runner(compiled, sets), home: case.runner(case.ours, sets, home)}
-    ms = alternate(benchmark, contestants, first=home)
+    times = interleave({"compile": case.runner(compiled, sets), home: case.runner(case.ours, sets, home)})
+    ms = {name: statistics.median(values) for name, values in times.items()}
     record = {
         **case.describe(),
         "home": home,
@@ -323,3 +340,11 @@ def test_against_torch_compile(benchmark, results, case):
     }
     benchmark.extra_info.update(record)
     results.add(f"ops-compile-{DEVICE.type}", **record)
+    CLOCK.show(benchmark, [t / 1e3 for t in times[home]])
+
+
+if __name__ == "__main__":  # one case in a process of its own: name, malloc
+    (chosen,) = (c for c in CASES if c.name == sys.argv[1])
+    if sys.argv[2] == "kept":
+        keep_pages()
+    print(json.dumps(interleave(contestants(chosen, HOMES[0]))))

@@ -12,6 +12,7 @@ import statistics
 
 import pytest
 import torch
+from conftest import CLOCK
 from environment import environment
 from sampling import check_agreement, interleaved, network, variants
 
@@ -59,23 +60,6 @@ def measured(request):
     yield result
 
 
-class Clock:
-    """pytest-benchmark's timer: it reads out the seconds that were measured in turn with the others."""
-
-    def __init__(self):
-        self.now, self.ticks = 0.0, iter(())
-
-    def read_out(self, seconds):
-        self.ticks = iter([tick for t in seconds for tick in (0.0, t)])
-
-    def __call__(self):
-        self.now += next(self.ticks, 0.0)
-        return self.now
-
-
-CLOCK = Clock()
-
-
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("name", NAMES)
 def test_sampling(benchmark, measured, results, name):
@@ -104,5 +88,4 @@ def test_sampling(benchmark, measured, results, name):
         **{f"s_an_image_at_{n}_steps": seconds * n / measured.batch for n in (2000, 100, 25)},
         peak_GB=measured.memory[name] / 1e9 if name in measured.memory else None,
     )
-    CLOCK.read_out(measured.times[name])
-    benchmark.pedantic(lambda: None, rounds=len(measured.times[name]))
+    CLOCK.show(benchmark, measured.times[name])
