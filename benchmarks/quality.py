@@ -104,34 +104,34 @@ def held_out(model: weights.Model, args: argparse.Namespace, dtype: torch.dtype 
     options = {name: model.card[name] for name in ("solver", "grid", "steps") if name in model.card}
     options |= {"steps": args.steps} if args.steps else {}
     sampler = sampler_of(model, dtype, **options)
-    results = {}
+    results: list[dict[str, object]] = []
     for name in PICTURES:
         case = Case(name, int(model.scale or 4), args.crop)
         began = time.perf_counter()
         y = draw(sampler, case.x, args.samples, args.batch)
         seconds = (time.perf_counter() - began) / args.samples
         mean = y.mean(0, keepdim=True)
-        results[name] = {
-            "size": list(case.truth.shape[-2:]),
-            "bicubic": case.measure(case.x),
-            "lanczos": case.measure(case.lanczos),
-            "bicubic, consistent": case.measure(case.consistent(case.x)),
-            "single": case.measure(y),
-            "single, consistent": case.measure(case.consistent(y)),
-            "mean": case.measure(mean),
-            "mean, consistent": case.measure(case.consistent(mean)),
-            "seconds a sample": round(seconds, 2),
+        reconstructions = {
+            "bicubic": case.x,
+            "Lanczos": case.lanczos,
+            "bicubic, consistent": case.consistent(case.x),
+            "one sample": y,
+            "one sample, consistent": case.consistent(y),
+            f"mean of {args.samples}": mean,
+            f"mean of {args.samples}, consistent": case.consistent(mean),
         }
-        print(name, json.dumps(results[name], indent=1), flush=True)
-        write(args, {"samples": args.samples, "sampler": options, "pictures": results})
-    return {"samples": args.samples, "sampler": options, "pictures": results}
+        size = list(case.truth.shape[-2:])
+        for what, reconstruction in reconstructions.items():
+            record = {"picture": name, "size": size, "reconstruction": what, **case.measure(reconstruction)}
+            results.append(record | ({"seconds": round(seconds, 2)} if what == "one sample" else {}))
+            print(json.dumps(results[-1]), flush=True)
+        write(args, {"samples": args.samples, "sampler": options, "results": results})
+    return {"samples": args.samples, "sampler": options, "results": results}
 
 
 def steps(model: weights.Model, args: argparse.Namespace, dtype: torch.dtype | None) -> dict[str, object]:
     """Every solver and grid at few steps, and the full chain; a crop of each picture, the mean over them."""
-    runs: list[tuple[str, str | None, int | None]] = [
-        (solver, grid, n) for n in args.numbers for solver, grid in FEW
-    ]
+    runs: list[tuple[str, str | None, int | None]] = [(solver, grid, n) for n in args.numbers for solver, grid in FEW]
     if args.full:
         runs = [("ddpm", None, None), ("sr3", None, None), *runs]
     cases = [Case(name, int(model.scale or 4), args.crop) for name in PICTURES]
@@ -148,8 +148,8 @@ def steps(model: weights.Model, args: argparse.Namespace, dtype: torch.dtype | N
         row = {"solver": solver, "grid": grid or "every step", "steps": passes, **average(singles)}
         rows.append({**row, "seconds": round(seconds, 3)})
         print(json.dumps(rows[-1]), flush=True)
-        write(args, {"crop": args.crop, "samples": args.samples, "rows": [*kept(args, rows), *rows]})
-    return {"crop": args.crop, "samples": args.samples, "rows": rows}
+        write(args, {"crop": args.crop, "samples": args.samples, "results": [*kept(args, rows), *rows]})
+    return {"crop": args.crop, "samples": args.samples, "results": rows}
 
 
 def kept(args: argparse.Namespace, rows: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -160,7 +160,7 @@ def kept(args: argparse.Namespace, rows: list[dict[str, object]]) -> list[dict[s
     if any(record.get(name) != getattr(args, name) for name in ("model", "dtype", "crop", "samples")):
         return []
     new = {(row["solver"], row.get("grid"), row["steps"]) for row in rows}
-    return [row for row in record["rows"] if (row["solver"], row.get("grid"), row["steps"]) not in new]
+    return [row for row in record["results"] if (row["solver"], row.get("grid"), row["steps"]) not in new]
 
 
 def average(scores: list[dict[str, float]]) -> dict[str, float]:
@@ -175,9 +175,7 @@ def write(args: argparse.Namespace, results: dict[str, object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("held-out", "steps"))
     parser.add_argument("--model", default="photo-x4")
     parser.add_argument("--samples", type=int, default=8)
@@ -189,7 +187,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="steps: sr3 and ddpm on the whole schedule too")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    args.out = args.out or RESULTS / f"quality_{args.command.replace('-', '_')}.json"
+    args.out = args.out or RESULTS / f"quality-{args.command}.json"
     if args.command == "steps":
         args.crop = args.crop or 64
     model = weights.load(args.model)

@@ -1,0 +1,58 @@
+"""Where the time of a sampling step goes: the engine's 97.8 M network, batch 1, 128 x 128, by kind of kernel.
+
+python benchmarks/profile_step.py            writes OUT/profile-<device>.json (benchmarks/results)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from conftest import Results
+from sampling import network, ours
+from torch.profiler import ProfilerActivity, profile
+
+STEPS = 10
+KINDS = {  # the first pattern that a kernel's name meets
+    "norms": r"group_norm_silu|norm_",
+    "refinement step": r"sr3fast::(solver_step|refine)|step_kernel",
+    "attention": r"scaled_dot_product|attention|flash|bmm|softmax",
+    "convolutions": r"conv|mkldnn|onednn|cudnn|xmma|cutlass|gemm|nvjet|linear|addmm|::mm",
+    "copies and sums": r"copy|add|cat|upsample|clone|to_copy|elementwise",
+}
+
+
+def kind(name: str) -> str:
+    return next((k for k, pattern in KINDS.items() if re.search(pattern, name)), "the rest")
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    unet, x = network(device), torch.rand(1, 3, 128, 128, device=device) * 2 - 1
+    results = Results()
+    for dtype in (torch.float32, torch.bfloat16):
+        steps = ours(unet, x, dtype)
+        for _ in islice(steps, 3):
+            pass
+        with profile(activities=activities) as profiler:
+            for _ in islice(steps, STEPS):
+                pass
+        ms: dict[str, float] = defaultdict(float)
+        for event in profiler.key_averages():
+            time = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+            ms[kind(event.key)] += time / 1e3 / STEPS
+        whole = sum(ms.values())
+        for name, t in sorted(ms.items(), key=lambda item: -item[1]):
+            share = {"kernels": name, "ms_a_step": t, "% of the step": 100 * t / whole}
+            results.add(f"profile-{device}", dtype=str(dtype).removeprefix("torch."), **share)
+            print(f"{dtype}  {name:20}{t:8.2f} ms {100 * t / whole:6.1f} %")
+    results.write(Path(os.environ.get("OUT", "benchmarks/results")))
+
+
+if __name__ == "__main__":
+    main()
