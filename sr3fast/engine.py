@@ -4,7 +4,7 @@
     run.into.copy_(y_t)
     eps_hat = run(i)                    f_theta(x, y_t, levels[i])
 
-What is rearranged is listed in `Form`, one switch each; benchmarks/ladder.py shows what each one gives. Two
+What is rearranged is listed in `Form`, one switch each; benchmarks/test_ladder.py shows what each one gives. Two
 ideas carry most of it. A bias is a number a channel, so it need not be added where it arises: it travels with
 its tensor (`Late`) until a norm adds it in passing. And everything that does not depend on y_t is done once:
 x lies in the network's input, the noise embeddings of all levels are a table, the weights are packed.
