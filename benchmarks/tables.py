@@ -3,8 +3,8 @@
     python benchmarks/tables.py benchmarks/results/ops-cpu.json        a Markdown table of each file named
     python benchmarks/tables.py --readme README.md                     every table of the README, in place
 
-In the README a table stands between `<!-- table: ops-cpu -->` and `<!-- end -->`; the name is the file's.
-A figure that no file holds is not written.
+In the README a table stands between `<!-- table: ops-cpu -->` and `<!-- end -->`; the name is the file's. It may be
+narrowed: `<!-- table: ops-cpu; home = cpp; show op, ms -->`. A figure that no file holds is not written.
 """
 
 from __future__ import annotations
@@ -55,9 +55,25 @@ def markdown_table(records: list[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def narrowed(records: list[Record], clauses: list[str]) -> list[Record]:
+    """Records that have the values of every `key = value`, with the columns of `show a, b` in that order."""
+    for clause in clauses:
+        if clause.startswith("show "):
+            keys = [key.strip() for key in clause.removeprefix("show ").split(",")]
+            records = [{key: r.get(key) for key in keys} for r in records]
+        else:
+            key, _, value = (part.strip() for part in clause.partition("="))
+            records = [r for r in records if _figure(r.get(key)) == value]
+    if not records:
+        raise ValueError(f"no record is left by {clauses}")
+    return records
+
+
 def table(name: str, folder: Path = RESULTS) -> str:
-    """The Markdown table of one results file, with the machine it was measured on."""
+    """The Markdown table of one results file, `name` or `name; clause; ..`, with the machine it was measured on."""
+    name, *clauses = (part.strip() for part in name.split(";"))
     data = json.loads((folder / f"{name}.json").read_text())
+    data["results"] = narrowed(data["results"], clauses)
     e = data["environment"]
     parts = [e["device"], f"{e['threads']} threads", f"torch {e['torch']}", f"commit {e['commit']}"]
     return markdown_table(data["results"]) + "\n\n" + ", ".join(parts) + "."
@@ -65,7 +81,7 @@ def table(name: str, folder: Path = RESULTS) -> str:
 
 def fill(text: str, folder: Path = RESULTS) -> str:
     """`text` with every table between its marks made anew."""
-    pattern = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.S)
+    pattern = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end -->)", re.S)
     return pattern.sub(lambda m: f"{m[1]}{table(m[2], folder)}\n{m[3]}", text)
 
 
