@@ -25,9 +25,7 @@ LABEL = 18
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photograph", type=Path, nargs="?", default=PHOTOGRAPH)
     parser.add_argument("--weights", default="photo-x4")
     parser.add_argument("--steps", type=int, help="by default the weights' own")
@@ -64,10 +62,10 @@ def main() -> None:
 def picture(
     source: Image.Image, refinements: list[Image.Image], result: Image.Image, truth: Image.Image
 ) -> Image.Image:
-    """What README.md shows: a detail of the source, of y_t at a few steps, of the result and of the truth."""
+    """What README.md shows: a detail of the source, bicubic, y_t at a few steps, the result and the truth."""
     pixels = source.resize(truth.size, Image.Resampling.NEAREST)
-    names = ["source", *["y_t"] * len(refinements), "result", "truth"]
-    panels = [pixels, *refinements, result, truth]
+    names = ["source", "bicubic", *["y_t"] * len(refinements), "sr3fast", "truth"]
+    panels = [pixels, image.bicubic(source, truth.size), *refinements, result, truth]
     detail = DETAIL if truth.width >= DETAIL[2] and truth.height >= DETAIL[3] else (0, 0, *truth.size)
     return beside([labelled(panel.crop(detail), name) for name, panel in zip(names, panels, strict=True)])
 

@@ -126,15 +126,11 @@ def configuration(out: Path, pictures: Path, **changes: object) -> TrainConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--iterations", type=int, default=4000)
-    parser.add_argument(
-        "--cooldown", type=int, default=1500, help="last iterations, over which lr falls to 0"
-    )
+    parser.add_argument("--cooldown", type=int, default=1500, help="last iterations, over which lr falls to 0")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     pictures = args.out / "pictures"

@@ -56,9 +56,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def random(
-    *shape, seed=0, mean=0.0, std=1.0, dtype=torch.float32, device="cpu", layout=torch.contiguous_format
-):
+def random(*shape, seed=0, mean=0.0, std=1.0, dtype=torch.float32, device="cpu", layout=torch.contiguous_format):
     t = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std + mean
     t = t.to(device, dtype)
     return t.to(memory_format=layout) if t.ndim == 4 else t

@@ -11,12 +11,8 @@ import torch
 from torch import nn
 
 CONFIGS = {
-    "sr_sr3_16_128": dict(
-        inner=64, multiplier=(1, 2, 4, 8, 8), res_blocks=2, attn_res=(16,), groups=32, size=128
-    ),
-    "sr_sr3_64_512": dict(
-        inner=64, multiplier=(1, 2, 4, 8, 16), res_blocks=1, attn_res=(), groups=16, size=512
-    ),
+    "sr_sr3_16_128": dict(inner=64, multiplier=(1, 2, 4, 8, 8), res_blocks=2, attn_res=(16,), groups=32, size=128),
+    "sr_sr3_64_512": dict(inner=64, multiplier=(1, 2, 4, 8, 16), res_blocks=1, attn_res=(), groups=16, size=512),
     "sample_sr3_128": dict(
         inner=64, multiplier=(1, 2, 4, 8, 8), res_blocks=2, attn_res=(16,), groups=32, size=128, inputs=3
     ),
@@ -77,9 +73,7 @@ class TimeSinusoid(nn.Module):
     def __init__(self, width):
         super().__init__()
         n = width // 2
-        self.register_buffer(
-            "inv_freq", torch.exp(-math.log(10000) * torch.arange(n, dtype=torch.float32) / n)
-        )
+        self.register_buffer("inv_freq", torch.exp(-math.log(10000) * torch.arange(n, dtype=torch.float32) / n))
 
     def forward(self, t):
         angle = t[:, None].to(self.inv_freq.dtype) * self.inv_freq
@@ -99,9 +93,7 @@ class Wrapped(nn.Module):
 
 
 def norm_act_conv(ins, outs, groups, dropout=0.0):
-    layers = nn.Sequential(
-        nn.GroupNorm(groups, ins), Swish(), nn.Dropout(dropout), nn.Conv2d(ins, outs, 3, padding=1)
-    )
+    layers = nn.Sequential(nn.GroupNorm(groups, ins), Swish(), nn.Dropout(dropout), nn.Conv2d(ins, outs, 3, padding=1))
     return Wrapped("block", layers)
 
 
@@ -192,9 +184,7 @@ class Network(nn.Module):
             )
         else:
             embed = TimeSinusoid(inner)
-            self.time_mlp = nn.Sequential(
-                embed, nn.Linear(inner, 4 * inner), Swish(), nn.Linear(4 * inner, inner)
-            )
+            self.time_mlp = nn.Sequential(embed, nn.Linear(inner, 4 * inner), Swish(), nn.Linear(4 * inner, inner))
         self.variant = variant
         rest = (inner, groups, dropout, variant)
 
@@ -220,9 +210,7 @@ class Network(nn.Module):
         for level in range(len(multiplier) - 1, -1, -1):
             for _ in range(res_blocks + 1):
                 has = size // 2**level in attn_res
-                ups.append(
-                    BlockWithAttention(width + stack.pop(), inner * multiplier[level], *rest, attention=has)
-                )
+                ups.append(BlockWithAttention(width + stack.pop(), inner * multiplier[level], *rest, attention=has))
                 width = inner * multiplier[level]
             if level > 0:
                 ups.append(Up(width))

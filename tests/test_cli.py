@@ -32,9 +32,7 @@ STEPS = 2
 def folder(tmp_path_factory):
     """A tiny random network, saved."""
     torch.manual_seed(0)
-    unet = UNet(
-        channels=8, multipliers=(1, 1, 1, 2), blocks=1, attention=(), groups=4, dropout=0.0, image_size=16
-    )
+    unet = UNet(channels=8, multipliers=(1, 1, 1, 2), blocks=1, attention=(), groups=4, dropout=0.0, image_size=16)
     schedule = Schedule.named("linear", T=200, start=1e-4, end=5e-2)
     target = weights.Target("residual", 4.0)
     path = tmp_path_factory.mktemp("weights")
@@ -211,9 +209,7 @@ def test_evaluate_bits(here, folder, capsys):
     assert run("images", *options, command="evaluate") == 0
     truth = Image.open("hr/a.png").crop((0, 0, 64, 64))
     x = image.to_tensor(image.bicubic(image.bicubic(truth, (16, 16)), (64, 64)))[None]
-    bound = variational_bound(
-        model.unet, x, image.to_tensor(truth)[None], model.schedule, 0, steps=[1, 101, 200]
-    )
+    bound = variational_bound(model.unet, x, image.to_tensor(truth)[None], model.schedule, 0, steps=[1, 101, 200])
     assert json.loads(Path("scores.json").read_text())["bits a dimension"] == pytest.approx(bound["bits"])
 
 
@@ -257,12 +253,8 @@ def test_help_lists_the_commands(capsys):
 
 def test_import_is_light():
     """`import sr3fast` and its help load neither torch's users nor tyro."""
-    code = (
-        "import sys, sr3fast.__main__ as m; m.main([]); sys.exit({'tyro', 'PIL'} & set(sys.modules) != set())"
-    )
-    assert (
-        subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=120).returncode == 0
-    )
+    code = "import sys, sr3fast.__main__ as m; m.main([]); sys.exit({'tyro', 'PIL'} & set(sys.modules) != set())"
+    assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=120).returncode == 0
 
 
 def test_python_m_exits_with_the_code(here):
@@ -310,16 +302,12 @@ def test_not_an_image(here, folder, capsys):
 
 def test_one_pixel(here, folder, capsys):
     picture("dot.png", (1, 1))
-    refused(
-        here, folder, capsys, "dot.png", match="dot.png: a picture needs at least 2 x 2 pixels: got 1 x 1"
-    )
+    refused(here, folder, capsys, "dot.png", match="dot.png: a picture needs at least 2 x 2 pixels: got 1 x 1")
 
 
 def test_empty_file(here, folder, capsys):
     Path("empty.png").touch()
-    refused(
-        here, folder, capsys, "empty.png", match="empty.png: the file is empty (0 bytes): remove it or copy"
-    )
+    refused(here, folder, capsys, "empty.png", match="empty.png: the file is empty (0 bytes): remove it or copy")
 
 
 def test_truncated_file(here, folder, capsys):
@@ -405,9 +393,7 @@ def test_a_device_that_is_not_there(here, folder, capsys):
 
 def test_a_format_that_cannot_hold_it(here, folder, capsys):
     Image.new("RGBA", (4, 4)).save("clear.png")
-    refused(
-        here, folder, capsys, "clear.png", "--out", "x.jpg", match="JPEG cannot hold a picture of mode RGBA"
-    )
+    refused(here, folder, capsys, "clear.png", "--out", "x.jpg", match="JPEG cannot hold a picture of mode RGBA")
 
 
 def test_weights_that_are_not_there(here, capsys):

@@ -563,9 +563,7 @@ def test_how_a_step_is_captured(monkeypatch):
     def body():
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    with pytest.raises(
-        RuntimeError, match=r"could not be captured as a CUDA graph \(operation not permitted"
-    ):
+    with pytest.raises(RuntimeError, match=r"could not be captured as a CUDA graph \(operation not permitted"):
         f_theta._capture(body, lambda: None)
     assert gc.isenabled() == collecting and torch.backends.cudnn.benchmark == benchmark
 
@@ -583,9 +581,7 @@ def test_replays_wait_for_one_another_across_streams(monkeypatch):
     f_theta = Engine(unet())
     cuda = FakeCuda(monkeypatch)
     for name in ("a", "a", "b", "a"):
-        cuda.now = (
-            streams[name] if name in (streams := getattr(cuda, "known", {})) else FakeStream(cuda, name)
-        )
+        cuda.now = streams[name] if name in (streams := getattr(cuda, "known", {})) else FakeStream(cuda, name)
         cuda.known = {**streams, name: cuda.now}
         with f_theta._turn():
             cuda.note("replay", name)

@@ -34,9 +34,7 @@ def modules():
 def imported(path):
     """The modules of sr3fast that a file imports, wherever in the file, and what else it imports."""
     ours, others = set(), set()
-    package = (
-        ("sr3fast", *path.relative_to(PACKAGE).parts[:-1]) if path.is_relative_to(PACKAGE) else ("kernels",)
-    )
+    package = ("sr3fast", *path.relative_to(PACKAGE).parts[:-1]) if path.is_relative_to(PACKAGE) else ("kernels",)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -55,16 +53,12 @@ def imported(path):
     return ours, others
 
 
-@pytest.mark.parametrize(
-    ("path", "name"), [pytest.param(*m, id=str(m[0].relative_to(PACKAGE))) for m in modules()]
-)
+@pytest.mark.parametrize(("path", "name"), [pytest.param(*m, id=str(m[0].relative_to(PACKAGE))) for m in modules()])
 def test_imports_go_down(path, name):
     assert name in FLOOR, f"{name} has no floor: give it one in FLOORS"
     ours, _ = imported(path)
     for other in ours & FLOOR.keys() - {name}:
-        assert FLOOR[other] < FLOOR[name], (
-            f"{name} (floor {FLOOR[name] + 1}) imports {other} ({FLOOR[other] + 1})"
-        )
+        assert FLOOR[other] < FLOOR[name], f"{name} (floor {FLOOR[name] + 1}) imports {other} ({FLOOR[other] + 1})"
 
 
 def test_every_floor_is_inhabited():

@@ -193,9 +193,7 @@ def test_icc_profile_survives_read_and_write(tmp_path):
 
 
 def test_lab_becomes_srgb():
-    lab = Image.merge(
-        "LAB", [Image.new("L", (2, 2), v) for v in (255, 128, 128)]
-    )  # white: L* 100, a* = b* = 0
+    lab = Image.merge("LAB", [Image.new("L", (2, 2), v) for v in (255, 128, 128)])  # white: L* 100, a* = b* = 0
     assert np.asarray(image.Photo.of(lab).color).min() >= 252
 
 
@@ -251,10 +249,7 @@ def bomb(side):
 
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(99)))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
     )
 
 
@@ -285,9 +280,7 @@ def test_write_is_atomic_when_the_disk_is_full(tmp_path, monkeypatch):
 def test_write_makes_the_folder_and_leaves_one_file(tmp_path):
     image.write(picture("RGB"), tmp_path / "a" / "b" / "out.png")
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["out.png"]
-    assert np.array_equal(
-        np.asarray(image.read(tmp_path / "a" / "b" / "out.png")), np.asarray(picture("RGB"))
-    )
+    assert np.array_equal(np.asarray(image.read(tmp_path / "a" / "b" / "out.png")), np.asarray(picture("RGB")))
 
 
 def test_formats_that_cannot_hold_the_picture_are_refused():

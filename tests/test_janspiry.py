@@ -70,9 +70,7 @@ def test_the_shipped_configs_need_no_config(tmp_path, name):
     theirs = janspiry.GaussianDiffusion(network, options["size"])
     ddpm = options.get("variant") == "ddpm"
     theirs.set_new_noise_schedule(janspiry.schedule(2000, *((1e-4, 2e-2) if ddpm else (1e-6, 1e-2))))
-    state = {
-        n: torch.full((), 0.5).expand(t.shape) if t.is_meta else t for n, t in theirs.state_dict().items()
-    }
+    state = {n: torch.full((), 0.5).expand(t.shape) if t.is_meta else t for n, t in theirs.state_dict().items()}
     if ddpm:
         state["denoise_fn.time_mlp.0.inv_freq"] = janspiry.TimeSinusoid(64).inv_freq
     assert len(state) == janspiry.TENSORS[name]
@@ -81,9 +79,7 @@ def test_the_shipped_configs_need_no_config(tmp_path, name):
     assert sum(p.numel() for p in unet.parameters()) == janspiry.PARAMETERS[name]
     assert unet.config["groups"] == options["groups"] and unet.config["image_size"] == options["size"]
     assert unet.config["attention"] == options["attn_res"] and unet.config["blocks"] == options["res_blocks"]
-    assert unet.config["multipliers"] == options["multiplier"] and unet.variant == options.get(
-        "variant", "sr3"
-    )
+    assert unet.config["multipliers"] == options["multiplier"] and unet.variant == options.get("variant", "sr3")
     assert unet.config["in_channels"] == options.get("inputs", 6)
     assert not unet.training and unet.conv_in.weight.requires_grad
     assert schedule.T == 2000
@@ -335,9 +331,7 @@ def test_paths_that_are_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"holds an optimizer's state: .* ends in _gen\.pth"):
         load(tmp_path / "other.pth")
     torch.save({"epoch": 1, "weights": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(
-        ValueError, match="must hold a state dict, names to tensors: got a dict with 'epoch': int"
-    ):
+    with pytest.raises(ValueError, match="must hold a state dict, names to tensors: got a dict with 'epoch': int"):
         load(tmp_path / "other.pth")
 
 
@@ -368,9 +362,7 @@ def test_checkpoints_of_another_network(tmp_path):
         {n: t for n, t in state.items() if n != name},
         r"ups\.0\.res_block\.block1\.block\.3\.weight .* is missing",
     )
-    refused(
-        {n: t for n, t in state.items() if "noise_level_mlp" not in n}, "neither noise_level_mlp nor time_mlp"
-    )
+    refused({n: t for n, t in state.items() if "noise_level_mlp" not in n}, "neither noise_level_mlp nor time_mlp")
     affine = "denoise_fn.downs.1.res_block.noise_func.noise_func.0.weight"
     refused({**state, affine: torch.zeros(32, 16)}, r"noise_func\.0\.weight is \[32, 16\], not \[16, 16\]")
     ddpm = janspiry.diffusion(variant="ddpm", **SHORT).state_dict()
@@ -558,9 +550,7 @@ def test_fewer_steps(variant):
     assert fast.super_resolution(x, continous=True).shape == (2 * (1 + 5), 3, 8, 8)
     explicit = accelerate(theirs, steps=5, seed=3, solver="ddim", grid="t", eta=0.5)
     options = dict(steps=5, solver="ddim", grid="t", eta=0.5, level=level)
-    assert torch.equal(
-        explicit.super_resolution(x), Sampler(sampler.f_theta, plain.schedule, **options)(x, 3)
-    )
+    assert torch.equal(explicit.super_resolution(x), Sampler(sampler.f_theta, plain.schedule, **options)(x, 3))
 
 
 class Edited(janspiry.Network):

@@ -23,9 +23,7 @@ def uint8(batch):
 
 def test_psnr_is_that_of_scikit_image_on_8_bits():
     y, truth = pictures()
-    expected = [
-        skimage_metrics.peak_signal_noise_ratio(b, a) for a, b in zip(uint8(y), uint8(truth), strict=True)
-    ]
+    expected = [skimage_metrics.peak_signal_noise_ratio(b, a) for a, b in zip(uint8(y), uint8(truth), strict=True)]
     assert metrics.psnr(y, truth).tolist() == pytest.approx(expected, rel=1e-12)
 
 

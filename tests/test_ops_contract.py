@@ -319,12 +319,9 @@ def backward_args(pair):
 OP_CASES = {
     "noise": [(SEED, STEP, [2, 3, 5, 7], 1, 0, 0, torch.float32, torch.device("cpu"))],
     "refine": [
-        (grad(y()), grad(y(seed=1)), 0.9 + 0 * HALF, HALF, SEED, STEP, z, 0, 0)
-        for z in (None, grad(y(seed=2)))
+        (grad(y()), grad(y(seed=1)), 0.9 + 0 * HALF, HALF, SEED, STEP, z, 0, 0) for z in (None, grad(y(seed=2)))
     ],
-    "refine_out": [
-        (y(), y(seed=1), HALF, HALF, SEED, STEP, None, 0, 0, y(seed=3), into) for into in (None, y(seed=4))
-    ],
+    "refine_out": [(y(), y(seed=1), HALF, HALF, SEED, STEP, None, 0, 0, y(seed=3), into) for into in (None, y(seed=4))],
     "solver_step": [
         (
             grad(y()),
@@ -369,17 +366,13 @@ OP_CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "args"), [(name, args) for name, cases in OP_CASES.items() for args in cases]
-)
+@pytest.mark.parametrize(("name", "args"), [(name, args) for name, cases in OP_CASES.items() for args in cases])
 def test_opcheck(name, args):
     torch.library.opcheck(getattr(torch.ops.sr3fast, name), args)
 
 
 def test_opcheck_has_every_op():
-    defined = {
-        op.split("::")[1].split(".")[0] for op in torch._C._dispatch_get_all_op_names() if "sr3fast::" in op
-    }
+    defined = {op.split("::")[1].split(".")[0] for op in torch._C._dispatch_get_all_op_names() if "sr3fast::" in op}
     assert defined == set(OP_CASES)
 
 
@@ -445,9 +438,7 @@ def test_compiled_training_step(compiled):
             y_0, *parameters = tensors
             value, expected = (f(y_0, gamma, i, *parameters) for f in (fast, loss))
             assert torch.allclose(value, expected, rtol=1e-5)
-            for a, b in zip(
-                torch.autograd.grad(value, tensors), torch.autograd.grad(expected, tensors), strict=True
-            ):
+            for a, b in zip(torch.autograd.grad(value, tensors), torch.autograd.grad(expected, tensors), strict=True):
                 assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 

@@ -328,9 +328,7 @@ def test_upstream_of_another_layout(home):
     (leaf,) = leaves(h)
     out = ops.group_norm_silu(leaf, weight, bias, 4)
     (expected,) = torch.autograd.grad(out, leaf, torch.ones_like(out), retain_graph=True)
-    (grad,) = torch.autograd.grad(
-        out, leaf, torch.ones(1, 1, 1, 1, device=home).expand_as(out), retain_graph=True
-    )
+    (grad,) = torch.autograd.grad(out, leaf, torch.ones(1, 1, 1, 1, device=home).expand_as(out), retain_graph=True)
     assert same_bits(grad, expected)
     upstream = random(*h.shape, seed=3, device=home)
     (expected,) = torch.autograd.grad(out, leaf, upstream, retain_graph=True)

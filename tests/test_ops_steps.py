@@ -114,9 +114,7 @@ def test_a_million_elements(home, layout):
     y, eps_hat, _ = inputs((4, 3, 300, 301), home, layout)
     z = million_z()
     out = ops.refine(y, eps_hat, 0.999, 0.4, 11, 1999)
-    row = refine_row(
-        *(torch.tensor(v, dtype=torch.float64) for v in (0.999, 0.4)), torch.tensor(1999)
-    ).tolist()
+    row = refine_row(*(torch.tensor(v, dtype=torch.float64) for v in (0.999, 0.4)), torch.tensor(1999)).tolist()
     assert y.numel() > 10**6 and same_bits(out, row_of(y, eps_hat, row, None, None, z)[0])
 
 
@@ -280,9 +278,7 @@ def test_q_sample_out_and_into(home, how, dtype):
         into = strided(torch.zeros(shape, dtype=dtype, device=home), how)
         out, eps = nan_like(y_0), nan_like(y_0)
         assert ops.q_sample(y_0, 0.3, 5, 6, out=(out, eps), into=into)[0] is out
-        assert (
-            same_bits(out, expected) and same_bits(eps, expected_eps) and same_bits(into, expected.to(dtype))
-        )
+        assert same_bits(out, expected) and same_bits(eps, expected_eps) and same_bits(into, expected.to(dtype))
         assert same_bits(ops.q_sample(strided(y_0, how), 0.3, 5, 6)[0], expected)
 
 
@@ -320,9 +316,7 @@ def gradients(f, *tensors):
     """Gradients of a weighted sum of f's outputs; the weights tell elements apart."""
     outs = f(*tensors)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    loss = sum(
-        (o * random(*o.shape, seed=20 + i, device=o.device).to(o.dtype)).sum() for i, o in enumerate(outs)
-    )
+    loss = sum((o * random(*o.shape, seed=20 + i, device=o.device).to(o.dtype)).sum() for i, o in enumerate(outs))
     return torch.autograd.grad(loss, tensors)
 
 
@@ -335,9 +329,7 @@ def test_refine_gradients(home, dtype):
         def plain(y, f, z, step=step):
             return plain_refine(y, f.to(y.dtype), 0.9, 0.5, z if step > 1 else z * 0)
 
-        ours = gradients(
-            lambda y, f, z, s=step: ops.refine(y, f, 0.9, 0.5, None, s, z=z), *leaves(y, eps_hat, z)
-        )
+        ours = gradients(lambda y, f, z, s=step: ops.refine(y, f, 0.9, 0.5, None, s, z=z), *leaves(y, eps_hat, z))
         simple = gradients(plain, *leaves(y, eps_hat, z))
         exact = gradients(plain, *leaves(y.double(), eps_hat.double(), z.double()))
         for name, *grads in zip(("y_t", "eps_hat", "z"), ours, simple, exact, strict=True):

@@ -87,9 +87,7 @@ def test_every_solver_in_float64(x, solver, corrector_steps):
     assert (sampled - y).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"steps": 6}, {"steps": 6, "solver": "unipc2", "corrector_steps": 1}]
-)
+@pytest.mark.parametrize("options", [{}, {"steps": 6}, {"steps": 6, "solver": "unipc2", "corrector_steps": 1}])
 def test_iterate_yields_what_the_call_returns(x, options):
     sampler = Sampler(f_theta, SCHEDULE, **options)
     N = len(sampler.table)
@@ -281,15 +279,11 @@ def test_consistency_shrinks_to_the_source(x):
     def distance(y):
         return (resize(y, (3, 5)) - resize(x, (3, 5))).square().mean()
 
-    assert torch.allclose(
-        cured, shifted + resize(resize(x, (3, 5)) - resize(shifted, (3, 5)), (12, 20)), atol=1e-6
-    )
+    assert torch.allclose(cured, shifted + resize(resize(x, (3, 5)) - resize(shifted, (3, 5)), (12, 20)), atol=1e-6)
     assert distance(cured) < 0.1 * distance(shifted)
 
 
-@pytest.mark.parametrize(
-    "scale, message", [(None, r"Sampler\(..., scale=4\)"), (8, "sides that scale=8 divides")]
-)
+@pytest.mark.parametrize("scale, message", [(None, r"Sampler\(..., scale=4\)"), (8, "sides that scale=8 divides")])
 def test_consistency_refused(x, scale, message):
     with pytest.raises(ValueError, match=message):
         Sampler(f_theta, SCHEDULE, steps=5, scale=scale)(x, consistency=True)
@@ -569,9 +563,7 @@ def test_networks_and_schedules_refused(unet):
         Sampler(unet, SCHEDULE, level="t")
 
 
-@pytest.mark.parametrize(
-    "eps_hat, message", [(torch.zeros(3, 1, 12, 20), r"got \[3, 1, 12, 20\]"), (None, "got None")]
-)
+@pytest.mark.parametrize("eps_hat, message", [(torch.zeros(3, 1, 12, 20), r"got \[3, 1, 12, 20\]"), (None, "got None")])
 def test_what_f_theta_returns_is_checked(x, eps_hat, message):
     with pytest.raises(ValueError, match=r"y_t's shape \[3, 3, 12, 20\]: " + message):
         Sampler(lambda x, y_t, level: eps_hat, SCHEDULE)(x)

@@ -154,9 +154,7 @@ def state_unipc2(f, y, levels, z, clip):
 
     def update(y, a, b, m, differences, ratios):
         """y at b from y at a: UniP or UniC with the differences D_k = m_k - m at lambda_a + r_k h."""
-        h = half_logsnr(torch.tensor(b, dtype=torch.float64)) - half_logsnr(
-            torch.tensor(a, dtype=torch.float64)
-        )
+        h = half_logsnr(torch.tensor(b, dtype=torch.float64)) - half_logsnr(torch.tensor(a, dtype=torch.float64))
         hh = -h.item()
         phi = [math.expm1(hh)]
         for k in range(1, len(ratios) + 2):
@@ -167,9 +165,7 @@ def state_unipc2(f, y, levels, z, clip):
         else:
             R = np.array([[r**k for r in ratios] for k in range(len(ratios))])
             weights = np.linalg.solve(R, [phi[k + 1] * math.factorial(k + 1) / B for k in range(len(ratios))])
-        total = sum(
-            (w / r * D for w, r, D in zip(weights, ratios, differences, strict=True)), torch.zeros_like(y)
-        )
+        total = sum((w / r * D for w, r, D in zip(weights, ratios, differences, strict=True)), torch.zeros_like(y))
         return math.sqrt((1 - b) / (1 - a)) * y - math.sqrt(b) * phi[0] * m - math.sqrt(b) * B * total
 
     lam = [half_logsnr(torch.tensor(a, dtype=torch.float64)).item() for a in levels]
@@ -318,17 +314,13 @@ def test_25_steps_keep_the_texture(solver, low, high):
     assert low <= min(ratios) and max(ratios) <= high, ratios  # the known figures
 
 
-@pytest.mark.parametrize(
-    "solver, expected", [("ddim", 0.16), ("dpm++2m", 0.16), ("unipc2", 0.16), ("sr3", 0.29)]
-)
+@pytest.mark.parametrize("solver, expected", [("ddim", 0.16), ("dpm++2m", 0.16), ("unipc2", 0.16), ("sr3", 0.29)])
 def test_25_steps_even_in_t_erase_it(solver, expected):
     table = rows(SR3, solver=solver, steps=25, grid="t", clip=None)
     assert sampled_over_true(table, 0.02) == pytest.approx(expected, abs=0.005)
 
 
-@pytest.mark.parametrize(
-    "solver, order", [("ddim", 1), ("dpm++2m", 2), ("unipc2", 3), ("sr3", 1), ("ddpm", 1)]
-)
+@pytest.mark.parametrize("solver, order", [("ddim", 1), ("dpm++2m", 2), ("unipc2", 3), ("sr3", 1), ("ddpm", 1)])
 def test_order_of_convergence(solver, order):
     """Twice the levels, 2^-order of the error; unipc2's corrector adds one order."""
     errors = [
@@ -422,9 +414,7 @@ def test_agrees_with_diffusers_ddim(eta):
     for i, t in enumerate(index):
         eps_hat = network(y, DDPM.gamma[t + 1].item())
         noise = z[25 - i] if eta else None
-        y = scheduler.step(
-            eps_hat, t, y, eta=eta, use_clipped_model_output=True, variance_noise=noise
-        ).prev_sample
+        y = scheduler.step(eps_hat, t, y, eta=eta, use_clipped_model_output=True, variance_noise=noise).prev_sample
         theirs.append(y)
     table = rows(DDPM, solver="ddim", eta=eta, grid=DDPM.gamma[1:][index])
     close(run(table, network, start(), z), theirs)

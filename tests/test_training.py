@@ -24,9 +24,7 @@ from sr3fast.data import DataError
 from sr3fast.schedule import Schedule
 from sr3fast.training import TrainConfig, Trainer, TrainingError, train
 
-SMALL = dict(
-    channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, crop=16, batch_size=4, warmup=2
-)
+SMALL = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, crop=16, batch_size=4, warmup=2)
 SMALL |= dict(lr=2e-3, threads=1, save_every=3, log_every=2, ema=0.9, device="cpu", validation_steps=2)
 
 
@@ -111,9 +109,7 @@ def test_learning_rate_rises_and_falls(photographs, tmp_path):
 
 
 def test_accumulation_equals_one_batch_and_ema_follows(photographs, tmp_path):
-    whole, parts = (
-        Trainer(config(photographs, tmp_path, accumulate=n, dropout=0.0, bf16=False)) for n in (1, 4)
-    )
+    whole, parts = (Trainer(config(photographs, tmp_path, accumulate=n, dropout=0.0, bf16=False)) for n in (1, 4))
     average = [p.detach().clone() for p in whole.averaged.parameters()]
     losses = []
     for trainer in (whole, parts):
@@ -165,9 +161,7 @@ def test_ten_photographs_and_the_loss_falls(photographs, tmp_path):
     )
     log = [json.loads(line) for line in (tmp_path / training.LOG).read_text().splitlines()]
     assert log[-1]["iteration"] == 80
-    assert np.mean([entry["loss"] for entry in log[-10:]]) < 0.8 * np.mean(
-        [entry["loss"] for entry in log[:3]]
-    )
+    assert np.mean([entry["loss"] for entry in log[-10:]]) < 0.8 * np.mean([entry["loss"] for entry in log[:3]])
     with Image.open(tmp_path / training.SHEET) as sheet:
         assert sheet.size == (3 * 40, 4 * 32)
 
@@ -194,9 +188,7 @@ from test_training import *
 def start(body, *arguments, ranks=0, tmp_path=None):
     script = tmp_path / "run.py"
     script.write_text(RUN.format(body=body))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     here = Path(__file__).parent
     environment = {
         **os.environ,
@@ -308,9 +300,7 @@ def test_full_disk_leaves_the_last_checkpoint(photographs, tmp_path):
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
-        with pytest.raises(
-            TrainingError, match=r"could not save at iteration 0 .*last good checkpoint is .*pt"
-        ):
+        with pytest.raises(TrainingError, match=r"could not save at iteration 0 .*last good checkpoint is .*pt"):
             trainer.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -354,9 +344,7 @@ def test_variational_bound_of_a_gaussian_in_closed_form():
     bits, n = 1 / math.log(2), y_0.numel()
     assert sorted(bound["kl"]) == list(range(2, 41))
     for t, kl in bound["kl"].items():
-        a, g, before = (
-            value.item() for value in (schedule.alpha[t], schedule.gamma[t], schedule.gamma[t - 1])
-        )
+        a, g, before = (value.item() for value in (schedule.alpha[t], schedule.gamma[t], schedule.gamma[t - 1]))
         left = g * v / (g * v + 1 - g)  # the variance of eps given y_t
         ratio = (1 - before) / (1 - g)
         mean_error = (1 - a) / (a * (1 - g)) * left

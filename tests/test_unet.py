@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from sr3fast.compat.janspiry import CONFIGS, _renamed
 from sr3fast.unet import ResnetBlock, UNet, sinusoid
 
-SMALL = dict(
-    channels=16, multipliers=(1, 2, 4), blocks=1, attention=(8,), groups=8, dropout=0.0, image_size=16
-)
+SMALL = dict(channels=16, multipliers=(1, 2, 4), blocks=1, attention=(8,), groups=8, dropout=0.0, image_size=16)
 VARIANTS = ("sr3", "ddpm")
 
 
@@ -28,9 +26,7 @@ def one_thread():
 def pair(variant="sr3", inputs=6, outputs=3, dropout=0.0):
     """Our network and the plain one, with the same random weights."""
     plain = janspiry.diffusion(variant=variant, inputs=inputs, outputs=outputs, dropout=dropout).denoise_fn
-    unet = UNet(
-        **{**SMALL, "dropout": dropout}, in_channels=inputs, out_channels=outputs, variant=variant
-    ).eval()
+    unet = UNet(**{**SMALL, "dropout": dropout}, in_channels=inputs, out_channels=outputs, variant=variant).eval()
     unet.load_state_dict(_renamed(plain.state_dict()))
     return unet, plain
 

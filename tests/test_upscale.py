@@ -70,9 +70,7 @@ def test_windows_cover_the_side_and_their_weights_sum_to_one(length, tile, multi
     overlaps = [a + window - b for a, b in pairwise(starts)]
     assert all(overlap >= max(tile // 8, 4) for overlap in overlaps)
     # where a window begins inside the picture it saw its own padding: no weight there
-    assert all(
-        weight[: -(-overlap // 8)].sum() == 0 for weight, overlap in zip(weights[1:], overlaps, strict=True)
-    )
+    assert all(weight[: -(-overlap // 8)].sum() == 0 for weight, overlap in zip(weights[1:], overlaps, strict=True))
 
 
 def test_no_more_windows_than_needed():
@@ -147,9 +145,7 @@ def test_windows_leave_no_seam():
     x, y_t = image.resize(torch.randn(2, 3, 4, 5, generator=generator), (160, 192))[:, None]
     net, level = unet(), torch.full((1, 1), 0.5)
     difference = Tiled(net, 64)(x, y_t, level) - net(x, y_t, level)
-    change = (
-        difference.diff(dim=3).abs().mean((0, 1, 2))[8:-8]
-    )  # at the picture's borders the network pads too
+    change = difference.diff(dim=3).abs().mean((0, 1, 2))[8:-8]  # at the picture's borders the network pads too
     assert change.max() <= 3.5 * change.median()
 
 

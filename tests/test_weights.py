@@ -48,9 +48,7 @@ def test_round_trip(folder):
         saved.level,
         saved.card,
     )
-    for (name, a), (other, b) in zip(
-        saved.unet.state_dict().items(), loaded.unet.state_dict().items(), strict=True
-    ):
+    for (name, a), (other, b) in zip(saved.unet.state_dict().items(), loaded.unet.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
     assert not loaded.unet.training
     assert all(p.requires_grad and p.is_leaf for p in loaded.unet.parameters())
@@ -216,9 +214,7 @@ def test_mismatch_names_tensors_shapes_and_the_likely_config(folder):
     assert "model.safetensors does not fit the network" in text
     first = "downs.2.conv1.weight is [32, 16, 3, 3], not [64, 16, 3, 3]"
     assert first in text and "more" in text and text.count(" is [") == 3
-    assert (
-        "look like channels=16, multipliers=(1, 2), blocks=1, attention on levels (1,), in_channels=6" in text
-    )
+    assert "look like channels=16, multipliers=(1, 2), blocks=1, attention on levels (1,), in_channels=6" in text
 
 
 def test_mismatch_missing_and_surplus(folder):
@@ -228,9 +224,7 @@ def test_mismatch_missing_and_surplus(folder):
     save_file({**tensors, "ema.decay": torch.zeros(2)}, file)
     with pytest.raises(ValueError) as error:
         weights.load(folder)
-    assert "mid.0.attention.qkv.weight [96, 32, 1, 1] is missing; ema.decay [2] is one too many" in str(
-        error.value
-    )
+    assert "mid.0.attention.qkv.weight [96, 32, 1, 1] is missing; ema.decay [2] is one too many" in str(error.value)
 
 
 def test_integer_tensors_are_refused(folder):
