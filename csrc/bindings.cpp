@@ -100,7 +100,7 @@ Exec exec(const py::tuple& o) {
 
 #define SR3FAST_BIND(home)                                                                                   \
   void bind_##home(py::module_ m) {                                                                          \
-    m.def("noise", [](py::object out, py::object seed, py::object step, uint32_t domain, int64_t h0,           \
+    m.def("noise", [](py::object out, py::object seed, py::object step, uint32_t domain, int64_t h0,         \
                       int64_t w0, py::tuple on) {                                                            \
       const auto a = tensor(out);                                                                            \
       const auto s = seeds(seed);                                                                            \
@@ -109,8 +109,8 @@ Exec exec(const py::tuple& o) {
       py::gil_scoped_release release;                                                                        \
       home::noise(a, s, t, domain, {h0, w0}, e);                                                             \
     });                                                                                                      \
-    m.def("refine", [](py::object out, py::object into, py::object y, py::object eps_hat, py::object alpha,   \
-                       py::object gamma, py::object seed, py::object step, py::object z, int64_t h0,            \
+    m.def("refine", [](py::object out, py::object into, py::object y, py::object eps_hat, py::object alpha,  \
+                       py::object gamma, py::object seed, py::object step, py::object z, int64_t h0,         \
                        int64_t w0, py::tuple on) {                                                           \
       const auto a = tensor(out), b = tensor(into), c = tensor(y), d = tensor(eps_hat), f = tensor(z);       \
       const auto al = scalar<double>(alpha), ga = scalar<double>(gamma);                                     \
@@ -121,7 +121,7 @@ Exec exec(const py::tuple& o) {
       home::refine(a, b, c, d, al, ga, s, t, f, {h0, w0}, e);                                                \
     });                                                                                                      \
     m.def("solver_step", [](py::object out, py::object m_out, py::object into, py::object y,                 \
-                            py::object eps_hat, py::object row, py::object seed, py::object step,               \
+                            py::object eps_hat, py::object row, py::object seed, py::object step,            \
                             py::object m1, py::object m2, py::object z, int64_t h0, int64_t w0,              \
                             py::tuple on) {                                                                  \
       const auto a = tensor(out), b = tensor(m_out), c = tensor(into), d = tensor(y), f = tensor(eps_hat);   \
@@ -134,8 +134,8 @@ Exec exec(const py::tuple& o) {
       home::solver_step(a, b, c, d, f, r, s, t, g, h, i, {h0, w0}, e);                                       \
     });                                                                                                      \
     m.def("q_sample", [](py::object out, py::object eps_out, py::object into, py::object y_0,                \
-                         py::object gamma, bool per_sample, py::object seed, py::object step, py::object eps,   \
-                         int64_t h0, int64_t w0, py::tuple on) {                                             \
+                         py::object gamma, bool per_sample, py::object seed, py::object step,                \
+                         py::object eps, int64_t h0, int64_t w0, py::tuple on) {                             \
       const auto a = tensor(out), b = tensor(eps_out), c = tensor(into), d = tensor(y_0), f = tensor(eps);   \
       auto ga = scalar<double>(gamma);                                                                       \
       if (per_sample) ga.device = address<const double>(integer(gamma.ptr(), 0));                            \

@@ -229,7 +229,7 @@ def sums_kernel(
     groups, width, first, C_ALL, PAIR: tl.constexpr, SILU: tl.constexpr,
     C, N, chunks, blocks, CB: tl.constexpr, PB: tl.constexpr, PLANAR: tl.constexpr,
 ):  # fmt: skip
-    """sum g and sum g x_hat of each channel in each chunk, float32 [B, C_ALL, chunks]; for dshift, of x_hat and grad_s."""
+    """sum g and sum g x_hat of each channel and chunk, float32 [B, C_ALL, chunks]; for dshift, of x_hat and grad_s."""
     b, block, chunk = locate(chunks, blocks, PLANAR, False)
     x, g, _, _ = gradient(
         b, block, chunk, grad_ptr, h_ptr, shift_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, groups, width, first,

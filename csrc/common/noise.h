@@ -133,7 +133,8 @@ SR3FAST_HD WordsOf<L> philox(uint64_t seed, typename L::Word c0, uint32_t c1, ui
 }
 
 // a gives the radius, b the angle. The operations are those of sr3fast/noise.py but for powers of two, which
-// change no rounding: u is 2^24 times its own, and g = -2 f and its polynomial lead to -2 log u without a last product.
+// change no rounding: u is 2^24 times its own, and g = -2 f and its polynomial lead to -2 log u without a
+// last product.
 template <class L = One>
 SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::Float& first,
                            typename L::Float& second) {
@@ -158,14 +159,16 @@ SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::F
   y = L::fused(Float{} + 0.25f, s, y);
   const Float r = L::sqrt(L::fused(e, Float{} + -2.0f * 0.693359375f, g + y));
 
-  // The quadrant q is the top two bits of `turn`; what b leaves in it is its low 30 bits, signed: b << 2 is 4 times that
+  // The quadrant q is the top two bits of `turn`; what b leaves in it is its low 30 bits, signed: b << 2 is 4
+  // times that
   const Word turn = b + 0x20000000u;
   const Float v = L::to_float((Int)(b << 2)) * static_cast<float>(1.5707963267948966 / 4294967296.0);
   const Float v2 = v * v;
   const Float sin_v = ((-1.9515295891e-4f * v2 + 8.3321608736e-3f) * v2 - 1.6666654611e-1f) * v2 * v + v;
   const Float cos_v =
-      L::fused(Float{} - 0.5f, v2,
-               ((2.443315711809948e-5f * v2 - 1.388731625493765e-3f) * v2 + 4.166664568298827e-2f) * v2 * v2) +
+      L::fused(
+          Float{} - 0.5f, v2,
+          ((2.443315711809948e-5f * v2 - 1.388731625493765e-3f) * v2 + 4.166664568298827e-2f) * v2 * v2) +
       1.0f;
   // swap them where q is odd; cos is negative where q is 1 or 2, sin where it is 2 or 3
   const Word cos_bits = L::as_word(L::where(turn, 0x40000000u, sin_v, cos_v));

@@ -11,8 +11,8 @@
 
 namespace sr3fast::cpu {
 
-// Hints that a dense tensor be backed by 2 MB pages, as far as it covers them whole. Below 32 MB malloc may hand out
-// memory of its heap again, whose pages are there already or had better stay as they are.
+// Hints that a dense tensor be backed by 2 MB pages, as far as it covers them whole. Below 32 MB malloc may
+// hand out memory of its heap again, whose pages are there already or had better stay as they are.
 inline __attribute__((always_inline)) void ask_for_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20, kMapped = uintptr_t{32} << 20;

@@ -36,8 +36,8 @@ inline __attribute__((always_inline)) void parallel_ranges(int threads, int64_t 
   f(0, n);
 }
 
-// All of a team wait here for each other. OpenMP's own barrier puts a thread to sleep as soon as there are more
-// threads than cores, and waking it takes longer than the work between two barriers.
+// All of a team wait here for each other. OpenMP's own barrier puts a thread to sleep as soon as there are
+// more threads than cores, and waking it takes longer than the work between two barriers.
 class Barrier {
  public:
   explicit Barrier(int team) : team_(team) {}

@@ -109,19 +109,19 @@ SR3FAST_INLINE auto map(const Group<V, N>& a, F&& f) {
   return r;
 }
 
-#define SR3FAST_GROUP_OPERATOR(op)                                                                   \
-  template <class V, int N>                                                                          \
-  SR3FAST_INLINE Group<V, N> operator op(Group<V, N> a, const Group<V, N>& b) {                      \
-    for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b.v[i];                                           \
-    return a;                                                                                        \
-  }                                                                                                  \
-  template <class V, int N, class S, class = std::enable_if_t<std::is_arithmetic_v<S>>>              \
-  SR3FAST_INLINE Group<V, N> operator op(const Group<V, N>& a, S b) {                                \
-    return map(a, [b](V x) { return x op b; });                                                      \
-  }                                                                                                  \
-  template <class V, int N, class S, class = std::enable_if_t<std::is_arithmetic_v<S>>>              \
-  SR3FAST_INLINE Group<V, N> operator op(S a, const Group<V, N>& b) {                                \
-    return map(b, [a](V x) { return a op x; });                                                      \
+#define SR3FAST_GROUP_OPERATOR(op)                                                      \
+  template <class V, int N>                                                             \
+  SR3FAST_INLINE Group<V, N> operator op(Group<V, N> a, const Group<V, N>& b) {         \
+    for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b.v[i];                              \
+    return a;                                                                           \
+  }                                                                                     \
+  template <class V, int N, class S, class = std::enable_if_t<std::is_arithmetic_v<S>>> \
+  SR3FAST_INLINE Group<V, N> operator op(const Group<V, N>& a, S b) {                   \
+    return map(a, [b](V x) { return x op b; });                                         \
+  }                                                                                     \
+  template <class V, int N, class S, class = std::enable_if_t<std::is_arithmetic_v<S>>> \
+  SR3FAST_INLINE Group<V, N> operator op(S a, const Group<V, N>& b) {                   \
+    return map(b, [a](V x) { return a op x; });                                         \
   }
 SR3FAST_GROUP_OPERATOR(+)
 SR3FAST_GROUP_OPERATOR(-)

@@ -37,8 +37,8 @@ struct Ahead {
 
 // The normals of N x kLanes quads from `quad` on, in the order of the pixels.
 template <int N>
-SR3FAST_INLINE void draw_quads(float* z, uint64_t seed, uint32_t domain, uint32_t step, uint32_t c, uint32_t h,
-                               uint32_t quad) {
+SR3FAST_INLINE void draw_quads(float* z, uint64_t seed, uint32_t domain, uint32_t step, uint32_t c,
+                               uint32_t h, uint32_t quad) {
   Group<Words32, N> w4;
   for (int i = 0; i < N; ++i) w4.v[i] = quad_of_lane() + (quad + static_cast<uint32_t>(i * kLanes));
   const auto a = philox<Lanes<N>>(seed, w4, h, step, domain * 65536u + c);
@@ -65,7 +65,8 @@ SR3FAST_INLINE void draw(float* z, int64_t stride, uint64_t seed, uint32_t domai
     const bool in_place = stride == 1 && first >= 0 && past <= pixels;
     float buffer[2 * kQuad];
     float* drawn = in_place ? z + first : buffer;
-    const auto c32 = static_cast<uint32_t>(c), h32 = static_cast<uint32_t>(h), quad32 = static_cast<uint32_t>(quad);
+    const auto c32 = static_cast<uint32_t>(c), h32 = static_cast<uint32_t>(h),
+               quad32 = static_cast<uint32_t>(quad);
     if (vectors == 2)
       draw_quads<2>(drawn, seed, domain, step, c32, h32, quad32);
     else
