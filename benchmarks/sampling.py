@@ -5,9 +5,13 @@ Each function below is a generator that does one step of a sampling run for each
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +177,28 @@ def interleaved(runs: dict[str, Iterator[Tensor]], rounds: int, steps: int = 1) 
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - begin) / steps)
     return times
+
+
+def peak_memory(f: Callable[[], object]) -> int | None:
+    """Bytes that f() adds at its peak: of torch's on a GPU, of resident pages on Linux; None elsewhere."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # pages that others freed would be used again, uncounted
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most that was resident, begins anew
+    before = _resident("VmRSS")
+    f()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    kilobytes = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert kilobytes is not None
+    return int(kilobytes[1]) * 1024
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import CLOCK
 from environment import environment
-from sampling import check_agreement, interleaved, network, variants
+from sampling import check_agreement, interleaved, network, peak_memory, variants
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -40,13 +40,8 @@ class Measured:
         self.errors = check_agreement(unet, x[:1])
         self.runs, self.memory = {}, {}
         for name, start in variants(unet, x).items():
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
             self.runs[name] = start()
-            next(self.runs[name])
-            if CUDA:
-                self.memory[name] = torch.cuda.max_memory_allocated() - before
+            self.memory[name] = peak_memory(lambda name=name: next(self.runs[name]))
         self.times = interleaved(self.runs, rounds=9, steps=10 if CUDA else 1)
         self.seconds = {name: statistics.median(t) for name, t in self.times.items()}
         self.runs.clear()
@@ -75,7 +70,7 @@ def test_sampling(benchmark, measured, results, name):
         times_faster_than_eager=eager / seconds,
         seconds_per_image={steps: seconds * steps / measured.batch for steps in (2000, 100, 25)},
         images_per_second={steps: measured.batch / (seconds * steps) for steps in (2000, 100, 25)},
-        peak_memory_bytes=measured.memory.get(name),
+        peak_memory_bytes=measured.memory[name],
         relative_error=measured.errors.get(name.removeprefix("sr3fast ")) if "sr3fast" in name else None,
     )
     results.add(
@@ -86,6 +81,6 @@ def test_sampling(benchmark, measured, results, name):
         ms_a_step=seconds * 1e3,
         times_faster=eager / seconds,
         **{f"s_an_image_at_{n}_steps": seconds * n / measured.batch for n in (2000, 100, 25)},
-        peak_GB=measured.memory[name] / 1e9 if name in measured.memory else None,
+        **({"peak_GB": memory / 1e9} if (memory := measured.memory[name]) is not None else {}),
     )
     CLOCK.show(benchmark, measured.times[name])
