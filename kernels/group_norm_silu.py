@@ -55,7 +55,7 @@ def parts(h: Tensor, h2: Tensor | None, tensors: int) -> tuple[list[Part], int, 
     for t in both:
         blocks = triton.cdiv(t.shape[1], cb)
         tiles = {"C": t.shape[1], "N": pixels, "chunks": chunks, "blocks": blocks, "CB": cb, "PB": pb}
-        warps = max(1, min(8, cb * pb // 512))
+        warps = max(1, min(8, cb * pb * tensors // 512))
         result.append(Part(t, first, (batch * blocks * chunks,), {**tiles, "PLANAR": planar, "num_warps": warps}))
         first += t.shape[1]
     return result, chunks, pb

@@ -78,20 +78,22 @@ def compile_kernels(folder: Path, arch: str = "sm_90") -> None:
 
 
 def read_kernels(folder: Path) -> list[Kernel]:
-    """The kernels of every cubin in the folder."""
+    """The kernels of every cubin that compile_kernels left in the folder."""
+    return [k for source in SOURCES for k in read_cubin(folder / f"{source.stem}.cubin", source.name)]
+
+
+def read_cubin(cubin: Path, source: str) -> list[Kernel]:
+    usage = _dump("-res-usage", cubin)
+    resources = {
+        name: (int(registers), int(stack))
+        for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    }
     kernels = []
-    for source in SOURCES:
-        cubin = folder / f"{source.stem}.cubin"
-        usage = _dump("-res-usage", cubin)
-        resources = {
-            name: (int(registers), int(stack))
-            for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
-        }
-        for part in _dump("-sass", cubin).split("Function : ")[1:]:
-            mangled = part.split(maxsplit=1)[0]
-            code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", part)
-            memory = Counter(i for i in code if re.match(r"(LDG|STG|LDL|STL|LDS|STS|LD|ST)\b", i))
-            kernels.append(Kernel(source.name, _demangle(mangled), *resources[mangled], len(code), memory))
+    for part in _dump("-sass", cubin).split("Function : ")[1:]:
+        mangled = part.split(maxsplit=1)[0]
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", part)
+        memory = Counter(i for i in code if re.match(r"(LDG|STG|LDL|STL|LDS|STS|LD|ST)\b", i))
+        kernels.append(Kernel(source, _demangle(mangled), *resources[mangled], len(code), memory))
     return kernels
 
 
