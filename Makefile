@@ -9,7 +9,7 @@ GPU_PYTHON ?= python3
 RUN := $(BIN)/python -P
 GPU_RUN := $(GPU_PYTHON) -P
 
-.PHONY: demo test lint format bench gpu gpu-build gpu-check gpu-bench gpu-compile clean
+.PHONY: demo test lint format bench figures gpu gpu-build gpu-check gpu-bench gpu-compile clean
 
 demo: $(VENV)/.installed-cli
 	$(RUN) examples/demo.py
@@ -30,6 +30,12 @@ format: $(VENV)/.installed-lint
 
 bench: $(VENV)/.installed-test
 	OUT=$(OUT) $(RUN) -m pytest benchmarks --benchmark-only
+
+# tables and plots anew from benchmarks/results/
+figures: $(VENV)/.installed-test
+	$(RUN) benchmarks/plots.py
+	$(RUN) benchmarks/tables.py --readme README.md
+	$(RUN) benchmarks/tables.py --readme docs/performance.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

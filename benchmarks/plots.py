@@ -22,20 +22,42 @@ OURS, OTHERS = "#1f6feb", "#b8c0cc"
 Records = list[dict[str, Any]]
 
 
-def bars(records: Records, figure: plt.Figure, key: str, theirs: tuple[str, ...], title: str) -> None:
-    """Milliseconds a step as horizontal bars from top to bottom, each with its value; other people's are gray."""
+def bars(
+    records: Records,
+    figure: plt.Figure,
+    key: str,
+    theirs: tuple[str, ...],
+    title: str,
+    value: str = "ms_a_step",
+    unit: str = "ms",
+) -> None:
+    """Horizontal bars from top to bottom, each with its value; other people's are gray."""
     axes = figure.subplots()
-    names, ms = [r[key] for r in records], [r["ms_a_step"] for r in records]
+    names, values = [r[key] for r in records], [r[value] for r in records]
     colours = [OTHERS if name.startswith(theirs) else OURS for name in names]
-    drawn = axes.barh(range(len(names)), ms, color=colours, height=0.7)
-    axes.bar_label(drawn, [f"{v:.3g} ms" for v in ms], padding=4, fontsize=9)
+    drawn = axes.barh(range(len(names)), values, color=colours, height=0.7)
+    axes.bar_label(drawn, [f"{v:.3g} {unit}" for v in values], padding=4, fontsize=9)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.18 * max(ms))
+    axes.set_xlim(0, 1.18 * max(values))
     axes.xaxis.set_visible(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(left=False)
     axes.set_title(title, fontsize=10, loc="left")
+
+
+def ops(records: Records, figure: plt.Figure) -> None:
+    """Times faster than eager, of the homes that are kernels."""
+
+    def name(r: dict[str, Any]) -> str:
+        parts = [r["op"], "x".join(map(str, r["shape"])), r["dtype"], r["layout"], r["home"]]
+        return ", ".join([*parts, f"malloc {r['malloc']}"] if r.get("malloc") else parts)
+
+    # measured both in the common process and in one of its own: the latter
+    apart = {name({**r, "malloc": None}) for r in records if r.get("malloc")}
+    chosen = [{**r, "name": name(r)} for r in records if r["home"] != "torch" and name(r) not in apart]
+    bars(chosen, figure, "name", ("torch",), "The ops: times faster than eager PyTorch", "x eager", "x")
+    figure.axes[0].axvline(1, color="gray", ls=":", lw=1)
 
 
 def steps(records: Records, figure: plt.Figure) -> None:
@@ -70,6 +92,8 @@ ladder = partial(bars, key="rung", theirs=("eager",), title="The engine's transf
 PLOTS: dict[str, tuple[Callable[[Records, plt.Figure], None], tuple[float, float]]] = {
     "sampling-cpu": (sampling, (7, 2.6)),
     "ladder-cpu": (ladder, (7, 3.2)),
+    "ops-cpu": (ops, (9, 4.4)),
+    "ops-cuda": (ops, (9, 7)),
     "sampling-cuda": (sampling, (7, 6)),
     "ladder-cuda": (ladder, (7, 6)),
     "quality-steps": (steps, (9, 3.6)),

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from conftest import Results
 from sampling import network, ours
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from sr3fast import ops
 
 STEPS = 10
 KINDS = {  # the first pattern that a kernel's name meets
@@ -30,7 +32,19 @@ def kind(name: str) -> str:
     return next((k for k, pattern in KINDS.items() if re.search(pattern, name)), "the rest")
 
 
+def name_solver_step() -> None:
+    """In inference it goes past the dispatcher, where the profiler looks."""
+    solver_step = ops.solver_step
+
+    def named(*args, **options):
+        with record_function("sr3fast::solver_step"):
+            return solver_step(*args, **options)
+
+    ops.solver_step = named
+
+
 def main() -> None:
+    name_solver_step()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     unet, x = network(device), torch.rand(1, 3, 128, 128, device=device) * 2 - 1
