@@ -34,7 +34,8 @@ MODULES = {  # a module, or a function that gives its like
     "triton": "sr3fast.kernels",
 }
 
-_forced: ContextVar[str | None] = ContextVar("sr3fast_backend", default=None)
+# the environment is asked once, at import: asking takes as long as a small call's checks
+_forced: ContextVar[str | None] = ContextVar("sr3fast_backend", default=os.environ.get("SR3FAST_BACKEND") or None)
 
 
 @contextlib.contextmanager
@@ -77,8 +78,7 @@ def find(op: str, device: torch.device) -> Implementation:
     Raises:
         RuntimeError: the forced home is missing or does not run on this device.
     """
-    forced = _forced.get() or os.environ.get("SR3FAST_BACKEND")
-    return _find(op, device.type, forced or None)
+    return _find(op, device.type, _forced.get())
 
 
 @functools.cache
@@ -126,9 +126,8 @@ def _implementation(module: Any, home: str, op: str) -> Implementation:
 def info() -> str:
     """What is built, what runs, and why anything was refused, as text."""
     lines = [f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}"]
-    forced = _forced.get() or os.environ.get("SR3FAST_BACKEND")
-    if forced:
-        lines.append(f"forced: {forced}")
+    if _forced.get():
+        lines.append(f"forced: {_forced.get()}")
     for home in MODULES:
         module = load(home)
         if isinstance(module, str):

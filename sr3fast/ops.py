@@ -389,7 +389,11 @@ def _layout(t: Tensor) -> torch.memory_format:
 
 
 def _dense(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
-    return t.contiguous(memory_format=_layout(t) if layout is None else layout)
+    if layout is None:
+        if t.is_contiguous():
+            return t
+        layout = _layout(t)
+    return t.contiguous(memory_format=layout)
 
 
 def _like(name: str, t: Tensor, y: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Tensor:
@@ -408,14 +412,12 @@ def _origin(origin: Origin) -> Origin:
     return h0, w0
 
 
-def _watched(*tensors: Tensor) -> bool:
+def _watched(t: Tensor | None = None) -> bool:
     """Does anybody want to see the call, as torch.compile or a tensor subclass does? Then it goes through torch's
     dispatcher; else, for inference, straight to the home, which saves a third of a small call."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
-    )
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    return t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter
 
 
 def _int64(value: int | Tensor) -> Tensor:
@@ -529,7 +531,7 @@ def _step_inputs(
 
 def _outputs(y: Tensor, inputs: dict[str, Tensor | None], out: Tensor | None, into: Tensor | None) -> Tensor:
     """Check out= and into= against the inputs; out, made where it was not given, may be the first of them."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.values()):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs.values() if t is not None):
         raise ValueError("out= and into= are for inference: an input requires grad (use torch.no_grad())")
     if out is None:
         out = torch.empty_like(y)
@@ -564,10 +566,10 @@ def _check_apart(name: str, t: Tensor, others: dict[str, Tensor | None], may_be:
         return
     low, high = _extent(t)
     for other_name, other in others.items():
-        if other is None or other.device != t.device:
+        if other is None:
             continue
         other_low, other_high = _extent(other)
-        if low >= other_high or other_low >= high or _interleaved(t, other):
+        if low >= other_high or other_low >= high or other.device != t.device or _interleaved(t, other):
             continue
         if not (other_name in may_be and other_low == low and other.stride() == t.stride()):
             raise ValueError(f"{name} must not overlap {other_name} in memory")
@@ -575,7 +577,8 @@ def _check_apart(name: str, t: Tensor, others: dict[str, Tensor | None], may_be:
 
 def _extent(t: Tensor) -> tuple[int, int]:
     if t.is_contiguous():
-        return t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()
+        low = t.data_ptr()
+        return low, low + t.nbytes
     if t.numel() == 0:
         return 0, 0
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))

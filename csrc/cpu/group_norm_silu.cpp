@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kBlock = 4096;  // elements of a block: 16 KB of float32
 constexpr int kUnroll = 4;
+constexpr int64_t kSums = 256 * kLanes;  // elements that a lane sums up in float32: then double takes over
 
 template <class T>
 class Buffer {
@@ -366,8 +367,8 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
         const float weight = read(norm.weight, c);
         const T *plane = h.plane(b, c), *g_plane = grad + (b * C + c) * HW;
         double sum_g = 0.0, sum_gx = 0.0;
-        for (int64_t block = 0; block < HW; block += kBlock) {
-          const int64_t stop = HW - block < kBlock ? HW : block + kBlock;
+        for (int64_t block = 0; block < HW; block += kSums) {
+          const int64_t stop = HW - block < kSums ? HW : block + kSums;
           Floats gs = {}, gxs = {};
           for (int64_t i = block; i < stop; i += kLanes) {
             const Floats x_hat = (load_some(plane + i, stop - i, a.mean) - a.mean) * rstd[bg];
@@ -392,8 +393,8 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
         const T *plane = h.plane(b, c), *g_plane = grad + (b * C + c) * HW;
         T* d_plane = c < h.c1 ? dh + (b * h.c1 + c) * HW : dh2 + (b * (C - h.c1) + c - h.c1) * HW;
         double total = 0.0;
-        for (int64_t block = 0; block < HW; block += kBlock) {
-          const int64_t stop = HW - block < kBlock ? HW : block + kBlock;
+        for (int64_t block = 0; block < HW; block += kSums) {
+          const int64_t stop = HW - block < kSums ? HW : block + kSums;
           Floats sums = {};
           for (int64_t i = block; i < stop; i += kLanes) {
             const Floats x_hat = (load_some(plane + i, stop - i, a.mean) - a.mean) * rstd[bg];
