@@ -170,11 +170,12 @@ SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::F
           Float{} - 0.5f, v2,
           ((2.443315711809948e-5f * v2 - 1.388731625493765e-3f) * v2 + 4.166664568298827e-2f) * v2 * v2) +
       1.0f;
-  // swap them where q is odd; cos is negative where q is 1 or 2, sin where it is 2 or 3
-  const Word cos_bits = L::as_word(L::where(turn, 0x40000000u, sin_v, cos_v));
-  const Word sin_bits = L::as_word(L::where(turn, 0x40000000u, cos_v, sin_v));
-  first = r * L::as_float(cos_bits ^ ((turn + 0x40000000u) & 0x80000000u));
-  second = r * L::as_float(sin_bits ^ (turn & 0x80000000u));
+  // q = 0: (cos, sin); 1: (-sin, cos); 2 and 3: the negatives of these
+  constexpr uint32_t kSign = 0x80000000u, kOdd = 0x40000000u;
+  const Float minus_sin = L::as_float(L::as_word(sin_v) ^ kSign);
+  const Float signed_r = L::as_float(L::as_word(r) ^ (turn & kSign));
+  first = signed_r * L::where(turn, kOdd, minus_sin, cos_v);
+  second = signed_r * L::where(turn, kOdd, cos_v, sin_v);
 }
 
 // The normals of pixels w = 4 w4 .. 4 w4 + 3, in the coordinates of the whole image.
