@@ -234,7 +234,7 @@ def test_the_demo(here, folder, capsys, monkeypatch):
     psnr, ssim = metrics.psnr(*pair).item(), metrics.ssim(*pair).item()
     assert f"{psnr:6.2f} dB {ssim:7.4f}" in text
     assert Image.open("demo-output/result.png").size == (448, 300)
-    assert Image.open("demo-output/picture.png").width == 6 * 160 + 5 * 4
+    assert Image.open("demo-output/picture.png").width == 7 * 160 + 6 * 4
 
 
 def test_info(capsys):
