@@ -1,4 +1,4 @@
-"""The CUDA home on a GPU: what only a GPU shows. The tests of the ops run there too, home by home (conftest.py)."""
+"""The CUDA and Triton homes on a GPU: what only a GPU shows. All tests of the ops run there too (conftest.py)."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ DEVICE = torch.device("cuda")
 ROW = (1.2, 0.7, 1.0, 0.9, -0.1, 0.3, 0.2, -0.4, 0.5)
 
 
-@pytest.fixture(autouse=True)
-def cuda_home():
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def gpu_home(request):
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
-    if isinstance(backend.load("cuda"), str):
-        pytest.skip(f"the CUDA home is not there: {backend.load('cuda')}")
-    with backend.use("cuda"):
+    if isinstance(backend.load(request.param), str):
+        pytest.skip(f"the {request.param} home is not there: {backend.load(request.param)}")
+    with backend.use(request.param):
         yield
 
 

@@ -83,10 +83,11 @@ def steps():
         for dtype in dtypes:
             given = ((2, channels, 9, width), layout, dtype)
             yield f"{given} {origin}", lambda g=given, o=origin: one_of_each(*g, o)
-    for how, dtype in itertools.product(STRIDES, DTYPES):
+    buffers = [("channels of a buffer", dtype) for dtype in DTYPES]
+    for how, dtype in (*((how, torch.bfloat16) for how in STRIDES if how != buffers[0][0]), *buffers):
         yield f"{how} {dtype}", lambda h=how, d=dtype: between_buffers(h, d)
     for name, row in ROWS.items():
-        y, f, m1, m2 = tensors((2, 3, 9, 37))
+        y, f, m1, m2 = tensors((1, 3, 9, 37))
         yield f"row {name}", lambda r=row, t=(y, f), m=(m1, m2): ops.solver_step(*t, r, 3, 2, history=m)
         yield f"row {name} in place", lambda r=row: in_place(r)
 
@@ -100,7 +101,7 @@ def one_of_each(shape, layout, dtype, origin):
 
 
 def between_buffers(how, dtype):
-    y, f, m1, m2 = tensors((2, 3, 9, 37), dtype=dtype)
+    y, f, m1, m2 = tensors((1, 3, 9, 37), dtype=dtype)
     into, into_2 = strided(torch.zeros_like(f), how), strided(torch.zeros_like(f), how)
     out, _ = ops.solver_step(y, strided(f, how), EVERYTHING, 3, 2, history=(m1, m2), into=into)
     y_t, eps = ops.q_sample(y, 0.3, 3, 2, into=into_2)
@@ -110,9 +111,9 @@ def between_buffers(how, dtype):
 
 
 def in_place(row):
-    y, f, m1, m2 = tensors((2, 3, 9, 37))
+    y, f, m1, m2 = tensors((1, 3, 9, 37))
     ops.solver_step(y, f, row, 3, 2, history=(m1, m2), out=(y, m2))
-    refined, diffused = random(2, 3, 9, 37, seed=8), random(2, 3, 9, 37, seed=9)
+    refined, diffused = random(1, 3, 9, 37, seed=8), random(1, 3, 9, 37, seed=9)
     ops.refine(refined, f, 0.9, 0.5, 3, 4, out=refined)
     ops.q_sample(diffused, 0.25, 5, out=diffused)
     return y, m2, refined, diffused
