@@ -152,9 +152,10 @@ def test_upsampling_as_one_transposed_convolution():
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++2m", "sr3"])
 def test_trajectories(solver):
-    """25 steps, every state: float32 as near as another layout is, bfloat16 within 1.5 of autocast."""
+    """25 steps, every state: float32 as near as another layout is, bfloat16 within 1.5 of autocast; over 8 pictures,
+    since the error of one is mostly that of its mean, a single number."""
     net = unet(blocks=1)
-    x, _ = images(net, B=1, W=16)
+    x, _ = images(net, B=8, W=16)
     turned = copy.deepcopy(net).to(memory_format=torch.channels_last)
 
     def states(f_theta, **options):

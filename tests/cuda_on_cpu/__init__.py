@@ -123,6 +123,7 @@ class Functions:
         self._library.scratch_bytes.restype = ctypes.c_int64
         self._library.quotient.restype = ctypes.c_uint32
         self.in_memory = False  # scalars are read by the kernel, as from device memory
+        self._numbers: list = []
 
     def schedule(self, order: int) -> None:
         """The order in which threads run, and counters back to 0."""
@@ -152,6 +153,8 @@ class Functions:
             raise RuntimeError(error.decode())
 
     def _scalar(self, kind, scalar):
+        if not isinstance(scalar, tuple):
+            scalar = self._placed(kind._fields_[0][1](scalar))
         address, on_host = scalar
         if self.in_memory or not on_host:
             return kind(device=address)
@@ -159,7 +162,14 @@ class Functions:
             return kind((ctypes.c_float * 9).from_address(address))
         return kind(kind._fields_[0][1].from_address(address).value)
 
+    def _placed(self, number):
+        """A host number where a kernel could read it: its address."""
+        self._numbers = [*self._numbers[-16:], number]  # alive until the call is long over
+        return ctypes.addressof(number), True
+
     def _seeds(self, seeds) -> _Seeds:
+        if not isinstance(seeds, tuple):
+            seeds = (*self._placed(ctypes.c_int64(seeds)), False)
         address, on_host, per_sample = seeds
         if self.in_memory or not on_host or per_sample:
             return _Seeds(0, address, per_sample)
