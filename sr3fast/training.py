@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # early: its defaults keep for ever the process group that they find at import
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -496,12 +498,22 @@ def train(
     if (out / CHECKPOINT).exists() and not config.resume:
         raise FileExistsError(f"{out} holds a run: give --resume to go on with it, or another --out")
     with _process_group(config):
-        trainer = Trainer(config, start, moments)
-        if config.resume:
-            trainer.resume()
-        out.mkdir(parents=True, exist_ok=True)
-        _guarded(trainer, pictures, held_out)
-        return trainer.averaged_model()
+        return _run(config, pictures, held_out, start, moments)
+
+
+def _run(
+    config: TrainConfig,
+    pictures: Pictures,
+    held_out: Pictures | None,
+    start: Model | None,
+    moments: dict[str, dict[str, Tensor]] | None,
+) -> Model:
+    trainer = Trainer(config, start, moments)
+    if config.resume:
+        trainer.resume()
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    _guarded(trainer, pictures, held_out)
+    return trainer.averaged_model()
 
 
 def _guarded(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> None:
@@ -710,6 +722,8 @@ def _process_group(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        # the trainer goes first: a thread of gloo that outlives the interpreter aborts the process
+        gc.collect()
         dist.destroy_process_group()
 
 
