@@ -149,35 +149,29 @@ class Case:
     def leaves(self, t: Inputs) -> list[torch.Tensor]:
         return [v for k, v in t.items() if k != "grad"]
 
-    def runner(self, f: Callable[[Inputs], Any], sets: list[Inputs], home: str | None = None) -> Callable[[int], Any]:
+    def runner(self, f: Callable[[Inputs], Any], sets: list[Inputs]) -> Callable[[int], Any]:
         """f over the rotating inputs, in the part (forward, backward, both) that is measured."""
-
-        def forced() -> contextlib.AbstractContextManager[None]:
-            return backend.use(home) if home else contextlib.nullcontext()
 
         def first(out: Any) -> torch.Tensor:
             return out[0] if isinstance(out, tuple) else out
 
         if self.does == "backward":
-            with forced():
-                outs = [first(f(t)) for t in sets]
+            outs = [first(f(t)) for t in sets]
 
             def run(i: int) -> Any:
                 t = sets[i % len(sets)]
-                with forced():
-                    return torch.autograd.grad(outs[i % len(sets)], self.leaves(t), t["grad"], retain_graph=True)
+                return torch.autograd.grad(outs[i % len(sets)], self.leaves(t), t["grad"], retain_graph=True)
 
         elif self.does == "forward+backward":
 
             def run(i: int) -> Any:
                 t = sets[i % len(sets)]
-                with forced():
-                    return torch.autograd.grad(first(f(t)), self.leaves(t), t["grad"])
+                return torch.autograd.grad(first(f(t)), self.leaves(t), t["grad"])
 
         else:
 
             def run(i: int) -> Any:
-                with torch.no_grad(), forced():
+                with torch.no_grad():
                     return f(sets[i % len(sets)])
 
         return run
@@ -188,7 +182,8 @@ class Case:
         """The home agrees with the reference on this very input."""
         t = self.inputs()
         if self.op.endswith("group_norm_silu"):
-            self._check_norm(home, t)
+            with backend.use(home):
+                self._check_norm(home, t)
             return
         with torch.no_grad(), backend.use("torch"):
             expected = self.ours(t)
@@ -202,7 +197,7 @@ class Case:
         exact_t = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in t.items()}
         part = "forward+backward" if self.does != "forward" else "forward"
         case = Case(self.op, self.shape, self.dtype, self.layout, part, self.groups)
-        got = case.runner(case.norm, [t], home)(0)
+        got = case.runner(case.norm, [t])(0)
         plain, exact = case.runner(case.eager, [t])(0), case.runner(case.eager, [exact_t])(0)
         got, plain, exact = (r if isinstance(r, tuple) else (r,) for r in (got, plain, exact))
         for a, p, e in zip(got, plain, exact, strict=True):
@@ -263,13 +258,16 @@ def copy_of(case: Case) -> Callable[[int], Any]:
     return lambda i: pairs[i % n][1].copy_(pairs[i % n][0])
 
 
-def contestants(case: Case, home: str) -> dict[str, Callable[[int], Any]]:
+def times_of(case: Case, home: str) -> dict[str, list[float]]:
+    """A copy, eager and the home in turn. The home is forced once for all of them: only ours asks for it."""
     sets = input_sets(case)
-    return {
-        "copy": copy_of(case),
-        "eager": case.runner(case.eager, sets),
-        home: case.runner(case.ours, sets, home),
-    }
+    with backend.use(home):
+        contestants = {
+            "copy": copy_of(case),
+            "eager": case.runner(case.eager, sets),
+            home: case.runner(case.ours, sets),
+        }
+        return interleave(contestants)
 
 
 def report(benchmark: Any, results: Any, case: Case, home: str, times: dict[str, list[float]], **about: Any) -> None:
@@ -295,7 +293,7 @@ def report(benchmark: Any, results: Any, case: Case, home: str, times: dict[str,
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_op(benchmark, results, case, home):
     case.check(home)
-    report(benchmark, results, case, home, interleave(contestants(case, home)))
+    report(benchmark, results, case, home, times_of(case, home))
 
 
 MALLOC = ("as it comes", "kept")
@@ -329,7 +327,7 @@ def test_against_torch_compile(benchmark, results, case):
     sets = input_sets(case)
     torch._dynamo.reset()
     compiled = torch.compile(case.eager, fullgraph=True)
-    times = interleave({"compile": case.runner(compiled, sets), home: case.runner(case.ours, sets, home)})
+    times = interleave({"compile": case.runner(compiled, sets), home: case.runner(case.ours, sets)})
     ms = {name: statistics.median(values) for name, values in times.items()}
     record = {
         **case.describe(),
@@ -347,4 +345,4 @@ if __name__ == "__main__":  # one case in a process of its own: name, malloc
     (chosen,) = (c for c in CASES if c.name == sys.argv[1])
     if sys.argv[2] == "kept":
         keep_pages()
-    print(json.dumps(interleave(contestants(chosen, HOMES[0]))))
+    print(json.dumps(times_of(chosen, HOMES[0])))

@@ -112,7 +112,7 @@ def group_norm_silu(
     variance = (grouped - mean[..., None]).square().mean(-1)
     rstd = (variance + eps).rsqrt()
     x_hat = ((grouped - mean[..., None]) * rstd[..., None]).view_as(s)
-    out = x_hat * _per_channel(weight) + _per_channel(bias)
+    out = torch.addcmul(_per_channel(bias).to(s.dtype), x_hat, _per_channel(weight).to(s.dtype))
     return F.silu(out) if silu else out, mean, rstd
 
 

@@ -1,5 +1,5 @@
 // Noise v1: the arithmetic that the CPU and CUDA homes compile alike, over one counter (`One`, here) or over
-// a vector of them (`Lanes`, csrc/cpu/simd.h).
+// vectors of them (csrc/cpu/simd.h).
 //
 // Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller in float32 operations that round one by one, so the
 // bits are the same everywhere. sr3fast/noise.py is the specification. Compile with -ffp-contract=off and
@@ -57,6 +57,8 @@ struct One {
     return std::sqrt(x);
 #endif
   }
+  // the bits of 2^32 u, u = ((a >> 9) + 1/2) 2^-23
+  static SR3FAST_HD Word uniform(Word a) { return as_word(static_cast<float>((a & 0xffffff00u) | 0x100u)); }
   // a b + c where a b is exact, so that fusing it or not is the same
   static SR3FAST_HD Float fused(Float a, Float b, Float c) { return a * b + c; }
   // a where a bit of `mask` is set in `bits`, else b
@@ -78,13 +80,9 @@ struct WordsOf {
   typename L::Word a0, a1, a2, a3;
 };
 
-template <class L>
-struct NormalsOf {
-  typename L::Float z0, z1, z2, z3;
+struct Normals {
+  float z0, z1, z2, z3;
 };
-
-using Words = WordsOf<One>;
-using Normals = NormalsOf<One>;
 
 // One round: (c0, c1, c2, c3) from the products M0 c0 = (high0, low0) and M1 c2 = (high1, low1).
 template <class L>
@@ -99,7 +97,8 @@ SR3FAST_HD void philox_round(uint32_t k0, uint32_t k1, typename L::Word& c0, typ
   c3 = low0;
 }
 
-// Philox4x32-10. Only c0 differs between the lanes, so half of the first two rounds is scalar.
+// Philox4x32-10. Only c0 differs between the lanes, so half of the first two rounds is scalar. A Word may be
+// wider than 32 bits: only its low half counts, in the result too.
 template <class L = One>
 SR3FAST_HD WordsOf<L> philox(uint64_t seed, typename L::Word c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   using Word = typename L::Word;
@@ -133,7 +132,7 @@ SR3FAST_HD WordsOf<L> philox(uint64_t seed, typename L::Word c0, uint32_t c1, ui
 }
 
 // a gives the radius, b the angle. The operations are those of sr3fast/noise.py but for powers of two, which
-// change no rounding: u is 2^24 times its own, and g = -2 f and its polynomial lead to -2 log u without a
+// change no rounding: u is 2^32 times its own, and g = -2 f and its polynomial lead to -2 log u without a
 // last product.
 template <class L = One>
 SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::Float& first,
@@ -142,9 +141,9 @@ SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::F
   using Int = typename L::Int;
   using Float = typename L::Float;
   // u = (1 + f) 2^e, 1 + f in [sqrt(1/2), sqrt(2))
-  const Word i = L::as_word(L::to_float((Int)((a >> 8) | 1u))) - (0x3f3504f3u + (24u << 23));
+  const Word i = L::uniform(a) - (0x3f3504f3u + (32u << 23));
   const Float e = L::to_float((Int)i >> 23);
-  const Float g = 2.0f - 2.0f * L::as_float((i & 0x7fffffu) + 0x3f3504f3u);
+  const Float g = 2.0f - L::as_float((i & 0x7fffffu) + (0x3f3504f3u + (1u << 23)));  // 2 - 2 (1 + f)
   const Float s = g * g;
   Float p = 7.0376836292e-2f / 1024.0f * g + 1.1514610310e-1f / 512.0f;
   p = p * g + 1.1676998740e-1f / 256.0f;
@@ -179,13 +178,12 @@ SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::F
 }
 
 // The normals of pixels w = 4 w4 .. 4 w4 + 3, in the coordinates of the whole image.
-template <class L = One>
-SR3FAST_HD NormalsOf<L> normals(uint64_t seed, uint32_t domain, uint32_t step, uint32_t c, uint32_t h,
-                                typename L::Word w4) {
-  const WordsOf<L> a = philox<L>(seed, w4, h, step, domain * 65536u + c);
-  NormalsOf<L> z;
-  box_muller<L>(a.a0, a.a1, z.z0, z.z1);
-  box_muller<L>(a.a2, a.a3, z.z2, z.z3);
+SR3FAST_HD Normals normals(uint64_t seed, uint32_t domain, uint32_t step, uint32_t c, uint32_t h,
+                           uint32_t w4) {
+  const WordsOf<One> a = philox(seed, w4, h, step, domain * 65536u + c);
+  Normals z;
+  box_muller(a.a0, a.a1, z.z0, z.z1);
+  box_muller(a.a2, a.a3, z.z2, z.z3);
   return z;
 }
 

@@ -2,7 +2,7 @@
 // compiled for, and loads and stores of the three dtypes.
 #pragma once
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -18,6 +18,8 @@
 #endif
 
 #define SR3FAST_INLINE inline __attribute__((always_inline))
+#define SR3FAST_NOINLINE __attribute__((noinline))
+#define SR3FAST_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace sr3fast::cpu::SR3FAST_ISA {
 
@@ -32,6 +34,7 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words32 __attribute__((vector_size(kLanes * 4)));
+typedef uint64_t Words64 __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Words16 __attribute__((vector_size(kLanes * 2)));
 
 // The primitives of csrc/common/noise.h on one vector.
@@ -67,24 +70,36 @@ SR3FAST_INLINE Floats where(Words32 bits, uint32_t mask, Floats a, Floats b) {
 #endif
 }
 
-// 32 x 32 bits to high and low words: the even lanes and the odd ones each take one widening multiplication
-SR3FAST_INLINE void multiply(uint32_t m, Words32 a, Words32& high, Words32& low) {
+// see One::uniform
+SR3FAST_INLINE Words32 uniform(Words32 a) {
 #if defined(__AVX512F__)
-  const __m512i v = (__m512i)a, k = _mm512_set1_epi32(static_cast<int>(m));
-  const __m512i even = _mm512_mul_epu32(v, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), k);
-  high = (Words32)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
-  low = (Words32)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+  return (Words32)_mm512_cvtepu32_ps((__m512i)((a & 0xffffff00u) | 0x100u));
+#else  // only signed numbers convert
+  return (Words32) __builtin_convertvector((Ints)((a >> 8) | 1u), Floats) + (8u << 23);
+#endif
+}
+
+// The 64 bits of m a from the low halves of a.
+SR3FAST_INLINE Words64 product(uint32_t m, Words64 a) {
+#if defined(__AVX512F__)
+  return (Words64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
 #elif defined(__AVX2__)
-  const __m256i v = (__m256i)a, k = _mm256_set1_epi32(static_cast<int>(m));
-  const __m256i even = _mm256_mul_epu32(v, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), k);
-  high = (Words32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  low = (Words32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  return (Words64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#elif defined(__SSE2__)
+  return (Words64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = static_cast<uint64_t>(m) * a[i];
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
-  }
+  return (a & 0xffffffffu) * m;
+#endif
+}
+
+// The low halves of both, those of `even` in the even lanes.
+SR3FAST_INLINE Words32 narrow(Words64 even, Words64 odd) {
+#if defined(__AVX512F__)
+  return (Words32)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
+#elif defined(__AVX2__)
+  return (Words32)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
+#else
+  return (Words32)((even & 0xffffffffu) | (odd << 32));
 #endif
 }
 
@@ -144,6 +159,7 @@ struct Lanes {
   static SR3FAST_INLINE Float to_float(const Int& i) {
     return map(i, [](Ints x) { return __builtin_convertvector(x, Floats); });
   }
+  static SR3FAST_INLINE Word uniform(const Word& a) { return map(a, vector::uniform); }
   static SR3FAST_INLINE Float sqrt(const Float& x) { return map(x, vector::sqrt); }
   static SR3FAST_INLINE Float fused(const Float& a, const Float& b, Float c) {
     for (int i = 0; i < N; ++i) c.v[i] = vector::fused(a.v[i], b.v[i], c.v[i]);
@@ -153,12 +169,20 @@ struct Lanes {
     for (int i = 0; i < N; ++i) b.v[i] = vector::where(bits.v[i], mask, a.v[i], b.v[i]);
     return b;
   }
+};
+
+// For philox: one counter a 64-bit lane, where a product needs no shuffling of its halves.
+template <int N>
+struct WideLanes {
+  using Word = Group<Words64, N>;
+
   static SR3FAST_INLINE void multiply(uint32_t m, const Word& a, Word& high, Word& low) {
-    for (int i = 0; i < N; ++i) vector::multiply(m, a.v[i], high.v[i], low.v[i]);
+    low = map(a, [m](Words64 x) { return vector::product(m, x); });
+    high = low >> 32;
   }
 };
 
-// Which quad of kLanes the lanes draw: the order in which store_interleaved needs the fewest shuffles.
+// Which quad of kLanes the lanes draw: the order in which each_pixels needs the fewest shuffles.
 SR3FAST_INLINE Words32 quad_of_lane() {
   Words32 quad;
 #if defined(__AVX512F__)
@@ -169,23 +193,30 @@ SR3FAST_INLINE Words32 quad_of_lane() {
   return quad;
 }
 
-// Stores quads (a, b, c, d), one a lane in the order above, as four neighbouring pixels each.
-SR3FAST_INLINE void store_interleaved(float* p, Floats a, Floats b, Floats c, Floats d) {
+// Quads (a, b, c, d), one a lane in the order above, as vectors of neighbouring pixels: f(offset, vector).
+template <class F>
+SR3FAST_INLINE void each_pixels(Floats a, Floats b, Floats c, Floats d, F&& f) {
 #if defined(__AVX512F__)
   const __m512 ab0 = _mm512_unpacklo_ps((__m512)a, (__m512)b), ab1 = _mm512_unpackhi_ps((__m512)a, (__m512)b);
   const __m512 cd0 = _mm512_unpacklo_ps((__m512)c, (__m512)d), cd1 = _mm512_unpackhi_ps((__m512)c, (__m512)d);
-  const auto store_pairs = [](float* q, __m512d x, __m512d y) {
-    _mm512_storeu_ps(q, _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)));
-    _mm512_storeu_ps(q + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  const auto pairs = [&](int at, __m512d x, __m512d y) {
+    f(at, (Floats)_mm512_unpacklo_pd(x, y));
+    f(at + kLanes, (Floats)_mm512_unpackhi_pd(x, y));
   };
-  store_pairs(p, _mm512_castps_pd(ab0), _mm512_castps_pd(cd0));
-  store_pairs(p + 32, _mm512_castps_pd(ab1), _mm512_castps_pd(cd1));
+  pairs(0, _mm512_castps_pd(ab0), _mm512_castps_pd(cd0));
+  pairs(2 * kLanes, _mm512_castps_pd(ab1), _mm512_castps_pd(cd1));
 #else
+  float pixels[4 * kLanes];
   for (int i = 0; i < kLanes; ++i) {
-    p[4 * i] = a[i];
-    p[4 * i + 1] = b[i];
-    p[4 * i + 2] = c[i];
-    p[4 * i + 3] = d[i];
+    pixels[4 * i] = a[i];
+    pixels[4 * i + 1] = b[i];
+    pixels[4 * i + 2] = c[i];
+    pixels[4 * i + 3] = d[i];
+  }
+  for (int i = 0; i < 4; ++i) {
+    Floats v;
+    std::memcpy(&v, pixels + i * kLanes, sizeof v);
+    f(i * kLanes, v);
   }
 #endif
 }

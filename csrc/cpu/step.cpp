@@ -1,9 +1,9 @@
 // noise, refine, solver_step and q_sample on the CPU.
 //
-// A tile is a stretch of one image row: all its noise is drawn into a small buffer, then one pass updates it.
-// In NCHW a tile is one channel's pixels, in channels_last the pixels with their channels between them.
-#include <type_traits>
-
+// A tile is a stretch of one image row, or a few short rows: NCHW one channel's pixels, channels_last the
+// pixels with their channels between them. All its random words are drawn first, then they become normals,
+// vector by vector, and each is used at once. Doing all three in one loop needs more registers than there
+// are.
 #include "../common/noise.h"
 #include "../common/ops.h"
 #include "parallel.h"
@@ -12,9 +12,11 @@
 namespace sr3fast::cpu::SR3FAST_ISA {
 namespace {
 
-constexpr int kQuad = 4 * kLanes;  // pixels drawn side by side: a counter a lane
+constexpr int kQuad = 4 * kLanes;  // pixels of a vector of quads
 constexpr int kChannels = 16;      // channels of a tile, channels_last
-constexpr int kTile = 1024;        // elements of a tile
+constexpr int kTile = 1024;        // elements of a tile, at most
+constexpr int kDrawn = 2 * kTile;  // normals drawn for a tile, at most: a line takes whole vectors of quads
+static_assert(kTile + kChannels * kQuad <= kDrawn, "a line of pixels may begin and end within a vector");
 
 // Place of a tile: sample b, channels c .. c + channels, rows h .. h + rows, columns w .. w + pixels. With
 // more than one row it spans the image's width and has one channel.
@@ -24,85 +26,21 @@ struct Tile {
   SR3FAST_INLINE int64_t numel() const { return channels * rows * pixels; }
 };
 
-// Stretches that a tile will read or write after its noise is drawn: asked for bit by bit meanwhile, so that
-// memory and arithmetic overlap.
-struct Ahead {
-  const float* stretch[3] = {nullptr, nullptr, nullptr};
-
-  SR3FAST_INLINE void touch(int64_t i, int64_t n) const {
-    for (const float* p : stretch)
-      for (int64_t k = 0; p && k < n; k += 16) __builtin_prefetch(p + i + k);
-  }
-};
-
-// The normals of N x kLanes quads from `quad` on, in the order of the pixels.
-template <int N>
-SR3FAST_INLINE void draw_quads(float* z, uint64_t seed, uint32_t domain, uint32_t step, uint32_t c,
-                               uint32_t h, uint32_t quad) {
-  Group<Words32, N> w4;
-  for (int i = 0; i < N; ++i) w4.v[i] = quad_of_lane() + (quad + static_cast<uint32_t>(i * kLanes));
-  const auto a = philox<Lanes<N>>(seed, w4, h, step, domain * 65536u + c);
-  Group<Words32, 2 * N> radius, angle;
-  for (int i = 0; i < N; ++i) {
-    radius.v[i] = a.a0.v[i], angle.v[i] = a.a1.v[i];
-    radius.v[N + i] = a.a2.v[i], angle.v[N + i] = a.a3.v[i];
-  }
-  Group<Floats, 2 * N> first, second;
-  box_muller<Lanes<2 * N>>(radius, angle, first, second);
-  for (int i = 0; i < N; ++i)
-    store_interleaved(z + i * kQuad, first.v[i], second.v[i], first.v[N + i], second.v[N + i]);
-}
-
-// z of pixels w .. w + pixels of one channel, stride apart.
-SR3FAST_INLINE void draw(float* z, int64_t stride, uint64_t seed, uint32_t domain, uint32_t step, int64_t c,
-                         int64_t h, int64_t w, int64_t pixels, const Ahead& ahead, int64_t ahead_at) {
-  for (int64_t quad = w / 4; quad * 4 < w + pixels;) {
-    const int64_t first = quad * 4 - w;  // may be negative: the quad starts left of the tile
-    const int vectors = first + kQuad < pixels ? 2 : 1;
-    const int64_t past = first + vectors * kQuad;
-    ahead.touch(ahead_at + (first < 0 ? 0 : first) * stride,
-                (past < pixels ? past : pixels) - (first < 0 ? 0 : first));
-    const bool in_place = stride == 1 && first >= 0 && past <= pixels;
-    float buffer[2 * kQuad];
-    float* drawn = in_place ? z + first : buffer;
-    const auto c32 = static_cast<uint32_t>(c), h32 = static_cast<uint32_t>(h),
-               quad32 = static_cast<uint32_t>(quad);
-    if (vectors == 2)
-      draw_quads<2>(drawn, seed, domain, step, c32, h32, quad32);
-    else
-      draw_quads<1>(drawn, seed, domain, step, c32, h32, quad32);
-    if (!in_place)
-      for (int64_t i = first < 0 ? -first : 0; first + i < (past < pixels ? past : pixels); ++i)
-        z[(first + i) * stride] = drawn[i];
-    quad += vectors * kLanes;
-  }
-}
-
-SR3FAST_INLINE void draw_tile(float* z, const Tile& t, uint64_t seed, uint32_t domain, uint32_t step,
-                              Origin origin, const Ahead& ahead = {}) {
-  for (int64_t r = 0; r < t.rows; ++r)
-    for (int64_t i = 0; i < t.channels; ++i)
-      draw(z + r * t.pixels + i, t.channels, seed, domain, step, t.c + i, t.h + r + origin.h, t.w + origin.w,
-           t.pixels, ahead, r * t.pixels);
-}
-
-// The tiles of an image in y's layout, shared between threads; f(tile, offset of its first element in y).
-// A tile's elements are contiguous in y unless it is channels_last with more than kChannels channels, when
-// its channels are: then f runs once a pixel.
+// The tiles of an image in y's layout, shared between threads.
 template <class F>
 SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
   const int64_t B = y.size[0], C = y.size[1], H = y.size[2], W = y.size[3];
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   threads = threads_for(threads, y.numel());
   if (!y.channels_last()) {
-    const int64_t rows_a_tile = W <= kTile ? kTile / W : 1;
+    const int64_t line = (W + 3 + kQuad - 1) / kQuad * kQuad;  // drawn for a row, wherever its origin
+    const int64_t rows_a_tile = W <= kTile ? least(kTile / W, kDrawn / line) : 1;
     const int64_t bands = (H + rows_a_tile - 1) / rows_a_tile;  // of a plane
     parallel_ranges(threads, B * C * bands, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t plane = i / bands, h = i % bands * rows_a_tile;
-        const int64_t rows = H - h < rows_a_tile ? H - h : rows_a_tile;
         for (int64_t w = 0; w < W; w += kTile)
-          f(Tile{plane / C, plane % C, 1, h, rows, w, W - w < kTile ? W - w : kTile},
-            (plane * H + h) * W + w);
+          f(Tile{plane / C, plane % C, 1, h, least(H - h, rows_a_tile), w, least(W - w, kTile)});
       }
     });
     return;
@@ -111,142 +49,239 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
   parallel_ranges(threads, B * H, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t w = 0; w < W; w += pixels_a_tile)
-        for (int64_t c = 0; c < C; c += kChannels) {
-          const int64_t channels = C - c < kChannels ? C - c : kChannels;
-          const int64_t pixels = W - w < pixels_a_tile ? W - w : pixels_a_tile;
-          f(Tile{i / H, c, channels, i % H, 1, w, pixels}, (i * W + w) * C + c);
-        }
+        for (int64_t c = 0; c < C; c += kChannels)
+          f(Tile{i / H, c, least(C - c, kChannels), i % H, 1, w, least(W - w, pixels_a_tile)});
   });
 }
 
-// Runs of a tile that are contiguous in y: f(offset in y, offset in the tile's buffers, length).
+// f(size, i) over [0, n): size 2 as long as it fits, then 1. Two vectors side by side, because one chain of
+// dependent operations leaves the ports idle.
 template <class F>
-SR3FAST_INLINE void each_run(const Tensor& y, const Tile& t, int64_t offset, F&& f) {
-  if (t.channels == 1 ? !y.channels_last() : t.channels == y.size[1]) {
-    f(offset, 0, t.numel());
-    return;
-  }
-  for (int64_t i = 0; i < t.pixels; ++i) f(offset + i * y.size[1], i * t.channels, t.channels);
+SR3FAST_INLINE void by_two(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + 2 <= n; i += 2) f(std::integral_constant<int, 2>(), i);
+  for (; i < n; ++i) f(std::integral_constant<int, 1>(), i);
 }
 
-// A tile of a tensor with any dtype and strides as floats in the tile's order. Returns `buffer`, or the
-// tensor's own memory where it is that already.
+// The random words of a tile, line by line: words[k][i] is the k-th of quad i. A line is one channel of one
+// row.
+struct Words {
+  alignas(64) uint32_t a[4][kDrawn / 4];
+  int64_t vectors = 0;         // in all
+  int64_t vectors_a_line = 0;  // a line begins at a whole vector, with the quad of its first pixel
+};
+
+// Memory that a tile will read or write after its words are drawn: asked for meanwhile, so that memory and
+// arithmetic overlap.
+struct Ahead {
+  const float* p[3];
+
+  SR3FAST_INLINE void touch(int64_t i, int64_t n) const {
+    for (const float* q : p)
+      for (int64_t k = 0; q && k < n; k += 16) __builtin_prefetch(q + i + k);
+  }
+};
+
+SR3FAST_NOINLINE void draw_words(Words& words, const Tile& t, uint64_t seed, uint32_t domain, uint32_t step,
+                                 Origin origin, const Ahead& ahead) {
+  const int64_t w = t.w + origin.w, first = w / 4, quads = (w + t.pixels + 3) / 4 - first;
+  words.vectors_a_line = (quads + kLanes - 1) / kLanes;
+  for (int64_t r = 0; r < t.rows; ++r)
+    for (int64_t channel = t.c; channel < t.c + t.channels; ++channel) {
+      const auto c = static_cast<uint32_t>(channel), h = static_cast<uint32_t>(t.h + r + origin.h);
+      by_two(words.vectors_a_line, [&](auto size, int64_t v) SR3FAST_INLINE_LAMBDA {
+        constexpr int N = size;
+        Group<Words64, 2 * N> w4;
+        for (int i = 0; i < N; ++i) {
+          const Words32 quad = quad_of_lane() + static_cast<uint32_t>(first + (v + i) * kLanes);
+          w4.v[2 * i] = (Words64)quad;
+          w4.v[2 * i + 1] = (Words64)quad >> 32;
+        }
+        const auto a = philox<WideLanes<2 * N>>(seed, w4, h, step, domain * 65536u + c);
+        for (int i = 0; i < N; ++i) {
+          const auto put = [&](uint32_t* to, const Group<Words64, 2 * N>& x) {
+            const Words32 both = vector::narrow(x.v[2 * i], x.v[2 * i + 1]);
+            std::memcpy(to + (words.vectors + v + i) * kLanes, &both, sizeof both);
+          };
+          put(words.a[0], a.a0), put(words.a[1], a.a1), put(words.a[2], a.a2), put(words.a[3], a.a3);
+        }
+        ahead.touch((words.vectors + v) * kQuad, N * kQuad);
+      });
+      words.vectors += words.vectors_a_line;
+    }
+}
+
+// The normals of the words in their order, vector by vector: f(offset, z).
+template <class F>
+SR3FAST_INLINE void each_drawn(const Words& words, F&& f) {
+  by_two(words.vectors, [&](auto size, int64_t v) SR3FAST_INLINE_LAMBDA {
+    constexpr int N = size;
+    Group<Words32, 2 * N> radius, angle;
+    for (int i = 0; i < N; ++i) {
+      const auto get = [&](Words32& to, int k) {
+        std::memcpy(&to, words.a[k] + (v + i) * kLanes, sizeof to);
+      };
+      get(radius.v[i], 0), get(angle.v[i], 1), get(radius.v[N + i], 2), get(angle.v[N + i], 3);
+    }
+    Group<Floats, 2 * N> z0, z1;
+    box_muller<Lanes<2 * N>>(radius, angle, z0, z1);
+    for (int i = 0; i < N; ++i)
+      each_pixels(z0.v[i], z1.v[i], z0.v[N + i], z1.v[N + i],
+                  [&](int at, Floats z) { f((v + i) * kQuad + at, z); });
+  });
+}
+
+// The normals of a tile whose lines begin or end within a quad or a vector, or alternate: into the tile's
+// order.
+SR3FAST_NOINLINE void reorder_drawn(const Words& words, const Tile& t, int64_t into_quad, float* z) {
+  float drawn[kDrawn];
+  each_drawn(words, [&](int64_t at, Floats v) { store(drawn + at, v); });
+  const float* line = drawn + into_quad;
+  for (int64_t r = 0; r < t.rows; ++r)
+    for (int64_t c = 0; c < t.channels; ++c, line += words.vectors_a_line * kQuad)
+      for (int64_t w = 0; w < t.pixels; ++w) z[(r * t.pixels + w) * t.channels + c] = line[w];
+}
+
+// Noise v1 of a tile in its order, vector by vector: f(offset, elements left, z).
+template <class F>
+SR3FAST_NOINLINE void each_normal(const Tile& t, uint64_t seed, uint32_t domain, uint32_t step, Origin origin,
+                                  const Ahead& ahead, F f) {
+  Words words;
+  draw_words(words, t, seed, domain, step, origin, ahead);
+  const int64_t into_quad = (t.w + origin.w) % 4, n = t.numel();
+  if (t.channels == 1 && into_quad == 0 && t.pixels == words.vectors_a_line * kQuad) {
+    each_drawn(words, [&](int64_t at, Floats z) { f(at, int64_t{kLanes}, z); });
+    return;
+  }
+  float z[kTile + kLanes];
+  reorder_drawn(words, t, into_quad, z);
+  for (int64_t i = 0; i < n; i += kLanes) f(i, n - i, load(z + i));
+}
+
+// Is the tile contiguous floats in t, in the tile's order?
 SR3FAST_INLINE bool in_tile_order(const Tensor& t, const Tile& tile) {
   const bool pixels = tile.channels > 1 ? t.stride[3] == tile.channels : t.stride[3] == 1;
   return t.dtype == Dtype::f32 && (pixels || tile.pixels == 1) && (tile.channels == 1 || t.stride[1] == 1) &&
          (tile.rows == 1 || t.stride[2] == tile.pixels);
 }
 
-// The update of n elements; every element is read before it is written, so out may be y and m may be m1 or
-// m2.
-template <class T>
-SR3FAST_INLINE void update_run(const Row& row, int64_t n, const float* y, const T* f, const float* m1,
-                               const float* m2, const float* z, float* out, float* m, float* copy) {
-  const Floats a = all(row.a), b = all(row.b), recip = all(row.recip), ratio = all(row.ratio);
-  const Floats top = all(row.clip), bottom = all(-row.clip);
-  const bool estimates = m || row.c0 != 0.0f;
-  int64_t i = 0;
-  if (!estimates && row.c1 == 0.0f && row.c2 == 0.0f && row.s != 0.0f &&
-      !copy)  // refine: no branch in the loop
-    for (; i + kLanes <= n; i += kLanes)
-      store(out + i, a * load(y + i) + b * load(f + i) + row.s * load(z + i));
-  for (; i < n; i += kLanes) {
-    const int64_t left = n - i;
-    const auto term = [&](float coefficient, const float* p, Floats sum) {
-      return coefficient != 0.0f ? sum + coefficient * load_some(p + i, left, 0.0f) : sum;
-    };
-    const Floats y_i = load_some(y + i, left, 0.0f), f_i = load_some(f + i, left, 0.0f);
-    Floats next = a * y_i + b * f_i;
-    if (estimates) {
-      Floats m_i = recip * y_i - ratio * f_i;
-      m_i = m_i < bottom ? bottom : (m_i > top ? top : m_i);
-      if (row.c0 != 0.0f) next = next + row.c0 * m_i;
-      next = term(row.c2, m2, term(row.c1, m1, next));
-      if (m) store_some(m + i, left, m_i);
-    } else {
-      next = term(row.c2, m2, term(row.c1, m1, next));
+// f(element of t, offset in the tile) over a tile of t, whatever its dtype and strides.
+template <class F>
+SR3FAST_INLINE void each_element(const Tensor& t, const Tile& tile, F&& f) {
+  const int64_t start = t.offset(tile.b, tile.c, tile.h, tile.w);
+  with_type(t, [&](auto* data) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      auto* p = data + start + r * t.stride[2];
+      const int64_t at = r * tile.pixels;
+      if (tile.channels == 1 && t.stride[3] == 1) {
+        for (int64_t w = 0; w < tile.pixels; ++w) f(p[w], at + w);
+      } else {
+        for (int64_t w = 0; w < tile.pixels; ++w)
+          for (int64_t c = 0; c < tile.channels; ++c)
+            f(p[w * t.stride[3] + c * t.stride[1]], (at + w) * tile.channels + c);
+      }
     }
-    next = term(row.s, z, next);
-    store_some(out + i, left, next);
-    if (copy) store_some(copy + i, left, next);
+  });
+}
+
+// A tile of a tensor as floats in the tile's order: the tensor's own memory where it is that already, else a
+// copy. Null where the tensor is.
+class TileOf {
+ public:
+  SR3FAST_INLINE TileOf(const Tensor& t, const Tile& tile) : t_(t), tile_(tile) {
+    if (t && in_tile_order(t, tile))
+      data_ = static_cast<float*>(t.data) + t.offset(tile.b, tile.c, tile.h, tile.w);
+    else if (t)
+      data_ = copy_;
   }
-}
+  SR3FAST_INLINE float* data() const { return data_; }
+  SR3FAST_INLINE const float* read() {
+    if (data_ == copy_) fill();
+    return data_;
+  }
+  SR3FAST_INLINE void write_back() {
+    if (data_ == copy_) flush();
+  }
 
-SR3FAST_INLINE const float* gather(const Tensor& t, const Tile& tile, float* buffer) {
-  const int64_t start = t.offset(tile.b, tile.c, tile.h, tile.w);
-  if (in_tile_order(t, tile)) return static_cast<const float*>(t.data) + start;
-  with_type(t, [&](auto* data) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const auto* p = data + start + r * t.stride[2];
-      float* q = buffer + r * tile.pixels;
-      if (tile.channels == 1 && t.stride[3] == 1) {
-        for (int64_t w = 0; w < tile.pixels; ++w) q[w] = to_float(p[w]);
-      } else {
-        for (int64_t w = 0; w < tile.pixels; ++w)
-          for (int64_t c = 0; c < tile.channels; ++c)
-            q[w * tile.channels + c] = to_float(p[w * t.stride[3] + c * t.stride[1]]);
-      }
-    }
-  });
-  return buffer;
-}
+ private:
+  SR3FAST_NOINLINE void fill() {
+    each_element(t_, tile_, [&](auto& x, int64_t i) { copy_[i] = to_float(x); });
+  }
+  SR3FAST_NOINLINE void flush() {
+    each_element(t_, tile_,
+                 [&](auto& x, int64_t i) { x = from_float<std::remove_reference_t<decltype(x)>>(copy_[i]); });
+  }
 
-SR3FAST_INLINE void scatter(const float* buffer, const Tensor& t, const Tile& tile) {
-  const int64_t start = t.offset(tile.b, tile.c, tile.h, tile.w);
-  with_type(t, [&](auto* data) {
-    using T = std::remove_reference_t<decltype(*data)>;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      T* p = data + start + r * t.stride[2];
-      const float* q = buffer + r * tile.pixels;
-      if (tile.channels == 1 && t.stride[3] == 1) {
-        for (int64_t w = 0; w < tile.pixels; ++w) p[w] = from_float<T>(q[w]);
-      } else {
-        for (int64_t w = 0; w < tile.pixels; ++w)
-          for (int64_t c = 0; c < tile.channels; ++c)
-            p[w * t.stride[3] + c * t.stride[1]] = from_float<T>(q[w * tile.channels + c]);
-      }
-    }
-  });
-}
+  const Tensor& t_;
+  const Tile& tile_;
+  float* data_ = nullptr;
+  float copy_[kTile];
+};
 
 }  // namespace
 
 void noise(Tensor out, Seeds seed, Scalar<int64_t> step, uint32_t domain, Origin origin, Exec exec) {
   const auto t = static_cast<uint32_t>(step.read());
-  each_tile(out, exec.threads, [&](const Tile& tile, int64_t) {
-    float z[kTile];
-    draw_tile(z, tile, seed.of(tile.b), domain, t, origin);
-    scatter(z, out, tile);
+  each_tile(out, exec.threads, [&](const Tile& tile) {
+    TileOf out_tile(out, tile);
+    float* z = out_tile.data();
+    each_normal(tile, seed.of(tile.b), domain, t, origin, {{z}},
+                [=](int64_t i, int64_t left, Floats z_i) { store_some(z + i, left, z_i); });
+    out_tile.write_back();
   });
 }
 
 void solver_step(Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Scalar<Row> row_or_address,
                  Seeds seed, Scalar<int64_t> step, Tensor m1, Tensor m2, Tensor z, Origin origin, Exec exec) {
-  const Row row = row_or_address.read();
+  const Row given = row_or_address.read();
   const auto t = static_cast<uint32_t>(step.read());
-  const auto* y_data = static_cast<const float*>(y.data);
-  const auto* m1_data = static_cast<const float*>(m1.data);
-  const auto* m2_data = static_cast<const float*>(m2.data);
-  const auto* z_data = static_cast<const float*>(z.data);
-  auto* out_data = static_cast<float*>(out.data);
-  auto* m_data = static_cast<float*>(m.data);
-  each_tile(y, exec.threads, [&](const Tile& tile, int64_t tile_offset) {
-    float z_buffer[kTile], f_buffer[kTile], copy[kTile];
-    const bool draws = row.s != 0.0f && !z_data;
-    if (draws) {
-      Ahead ahead{{y_data + tile_offset, nullptr, out_data == y_data ? nullptr : out_data + tile_offset}};
-      if (in_tile_order(eps_hat, tile))
-        ahead.stretch[1] =
-            static_cast<const float*>(eps_hat.data) + eps_hat.offset(tile.b, tile.c, tile.h, tile.w);
-      draw_tile(z_buffer, tile, seed.of(tile.b), kRefine, t, origin, ahead);
+  const bool draws = given.s != 0.0f && !z;
+  const bool estimates = m || given.c0 != 0.0f;
+  const bool only_y_and_f = !estimates && given.c1 == 0.0f && given.c2 == 0.0f && !into;
+  each_tile(y, exec.threads, [&](const Tile& tile) {
+    TileOf y_tile(y, tile), f_tile(eps_hat, tile), m1_tile(m1, tile), m2_tile(m2, tile), z_tile(z, tile);
+    TileOf out_tile(out, tile), m_tile(m, tile), into_tile(into, tile);
+    const float *y_data = y_tile.read(), *f_data = f_tile.read(), *m1_data = m1_tile.read(),
+                *m2_data = m2_tile.read(), *z_data = z_tile.read();
+    float *out_data = out_tile.data(), *m_data = m_tile.data(), *into_data = into_tile.data();
+    const Row row = given;
+
+    // every element is read before it is written: out may be y, and m may be m1 or m2
+    const auto update = [=](int64_t i, int64_t left, Floats z_i) {
+      const auto at = [=](const float* p) { return load_some(p + i, left, 0.0f); };
+      const Floats y_i = at(y_data), f_i = at(f_data);
+      Floats next = row.a * y_i + row.b * f_i;
+      Floats m_i{};
+      if (estimates) {
+        m_i = row.recip * y_i - row.ratio * f_i;
+        m_i = m_i < -row.clip ? all(-row.clip) : (m_i > row.clip ? all(row.clip) : m_i);  // NaN stays NaN
+        if (row.c0 != 0.0f) next = next + row.c0 * m_i;
+      }
+      if (row.c1 != 0.0f) next = next + row.c1 * at(m1_data);
+      if (row.c2 != 0.0f) next = next + row.c2 * at(m2_data);
+      if (row.s != 0.0f) next = next + row.s * z_i;
+      if (m_data) store_some(m_data + i, left, m_i);
+      store_some(out_data + i, left, next);
+      if (into_data) store_some(into_data + i, left, next);
+    };
+    const auto refine = [=](int64_t i, int64_t left, Floats z_i) {  // the same without its branches
+      const Floats y_i = load_some(y_data + i, left, 0.0f), f_i = load_some(f_data + i, left, 0.0f);
+      store_some(out_data + i, left, row.a * y_i + row.b * f_i + row.s * z_i);
+    };
+
+    const Ahead ahead{{y_data, f_data, out_data}};
+    if (draws && only_y_and_f) {
+      each_normal(tile, seed.of(tile.b), kRefine, t, origin, ahead, refine);
+    } else if (draws) {
+      each_normal(tile, seed.of(tile.b), kRefine, t, origin, ahead, update);
+    } else {
+      const int64_t n = tile.numel();
+      for (int64_t i = 0; i < n; i += kLanes)
+        update(i, n - i, z_data ? load_some(z_data + i, n - i, 0.0f) : Floats{});
     }
-    const float* f_tile = gather(eps_hat, tile, f_buffer);
-    each_run(y, tile, tile_offset, [&](int64_t at, int64_t start, int64_t n) {
-      update_run(row, n, y_data + at, f_tile + start, m1_data + at, m2_data + at,
-                 draws ? z_buffer + start : z_data + at, out_data + at, m_data ? m_data + at : nullptr,
-                 into ? copy + start : nullptr);
-    });
-    if (into) scatter(copy, into, tile);
+    out_tile.write_back();
+    m_tile.write_back();
+    into_tile.write_back();
   });
 }
 
@@ -260,29 +295,29 @@ void refine(Tensor out, Tensor into, Tensor y, Tensor eps_hat, Scalar<double> al
 void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double> gamma,
               bool gamma_per_sample, Seeds seed, Scalar<int64_t> step, Tensor eps, Origin origin, Exec exec) {
   const auto t = static_cast<uint32_t>(step.read());
-  each_tile(y_0, exec.threads, [&](const Tile& tile, int64_t) {
-    float z_buffer[kTile], y_buffer[kTile], y_t[kTile];
+  each_tile(y_0, exec.threads, [&](const Tile& tile) {
+    TileOf y_tile(y_0, tile), eps_tile(eps, tile), out_tile(out, tile), eps_out_tile(eps_out, tile),
+        into_tile(into, tile);
+    const float *y_data = y_tile.read(), *eps_data = eps_tile.read();
+    float *out_data = out_tile.data(), *eps_out_data = eps_out_tile.data(), *into_data = into_tile.data();
     const Mix mix = q_sample_mix(gamma_per_sample ? gamma.device[tile.b] : gamma.read());
-    const float* z = z_buffer;
+
+    const auto diffuse = [=](int64_t i, int64_t left, Floats eps_i) {
+      const Floats y_t = mix.signal * load_some(y_data + i, left, 0.0f) + mix.noise * eps_i;
+      store_some(out_data + i, left, y_t);
+      if (eps_out_data) store_some(eps_out_data + i, left, eps_i);
+      if (into_data) store_some(into_data + i, left, y_t);
+    };
     if (eps) {
-      z = gather(eps, tile, z_buffer);
+      const int64_t n = tile.numel();
+      for (int64_t i = 0; i < n; i += kLanes) diffuse(i, n - i, load_some(eps_data + i, n - i, 0.0f));
     } else {
-      Ahead ahead;
-      const auto want = [&](int i, const Tensor& x) {
-        if (x && in_tile_order(x, tile))
-          ahead.stretch[i] = static_cast<const float*>(x.data) + x.offset(tile.b, tile.c, tile.h, tile.w);
-      };
-      want(0, y_0);
-      want(1, out);
-      want(2, eps_out);
-      draw_tile(z_buffer, tile, seed.of(tile.b), kTrain, t, origin, ahead);
-      if (eps_out) scatter(z_buffer, eps_out, tile);
+      const Ahead ahead{{y_data, out_data, eps_out_data}};
+      each_normal(tile, seed.of(tile.b), kTrain, t, origin, ahead, diffuse);
     }
-    const float* y = gather(y_0, tile, y_buffer);
-    const int64_t n = tile.numel();
-    for (int64_t i = 0; i < n; ++i) y_t[i] = mix.signal * y[i] + mix.noise * z[i];
-    scatter(y_t, out, tile);
-    if (into) scatter(y_t, into, tile);
+    out_tile.write_back();
+    eps_out_tile.write_back();
+    into_tile.write_back();
   });
 }
 
