@@ -6,7 +6,6 @@ not agree with the reference is not timed: the benchmark fails.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import math
