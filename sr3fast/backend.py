@@ -49,6 +49,11 @@ def use(home: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The home that is forced here, if one is."""
+    return _forced.get()
+
+
 def _check_home(home: str) -> str:
     if home not in MODULES:
         raise ValueError(f"the backend must be one of {', '.join(MODULES)}: got {home!r}")

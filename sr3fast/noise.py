@@ -11,6 +11,7 @@ operations that every machine rounds alike. This file states it in plain PyTorch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -47,10 +48,10 @@ def seeds(seed: int | Sequence[int] | Tensor, batch: int, device: torch.device |
         if seed.ndim == 0:
             return seed.to(device) + torch.arange(batch, device=seed.device if device is None else device)
         values = seed
-    elif isinstance(seed, int) and not isinstance(seed, bool):
-        values = torch.tensor([signed64(seed + i) for i in range(batch)])
-    elif isinstance(seed, Sequence) and all(isinstance(s, int) for s in seed):
-        values = torch.tensor([signed64(s) for s in seed], dtype=torch.int64)
+    elif isinstance(seed, Integral) and not isinstance(seed, bool):
+        values = torch.tensor([signed64(int(seed) + i) for i in range(batch)])
+    elif isinstance(seed, Sequence) and all(isinstance(s, Integral) for s in seed):
+        values = torch.tensor([signed64(int(s)) for s in seed], dtype=torch.int64)
     else:
         raise TypeError(f"seed must be an int, a sequence of ints or an int64 tensor: got {seed!r}")
     if values.shape != (batch,):

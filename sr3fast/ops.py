@@ -6,12 +6,15 @@ Tensors are [B, C, H, W]. Every op is registered with torch.library, so it works
 copied to the host, so a captured CUDA graph replays with new values (and its range cannot be checked).
 `origin` is the place (h, w) of a tile in the whole image. `out=` and `into=` are for inference: `out` receives
 the result, `into` (a view of the network's input, any dtype and layout) a copy of it in the same pass.
+Gradients are those of reverse mode, once: to images, norm parameters and shift, never to alpha, gamma or a row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -61,10 +64,12 @@ def noise(
     _check_channels(shape[1])
     if dtype not in FLOATS:
         raise TypeError(f"noise comes in float32, float16 or bfloat16: got {dtype}")
+    domain = _integer("domain", domain)
     if not 0 <= domain < 65536:
         raise ValueError(f"domain must be in 0 .. 65535: got {domain}")
     device = torch.device("cpu") if device is None else torch.device(device)
-    seed, step, place = _seed(seed, shape[0], device), _step(step, 0, device), (domain, *_origin(origin))
+    seed, step = _seed(seed, shape[0], device), _step(step, 0, device)
+    place = (domain, *_origin(origin, shape))
     if not _watched():
         return _noise(seed, step, shape, *place, dtype, device)
     return torch.ops.sr3fast.noise(_int64(seed), _int64(step), list(shape), *place, dtype, device)
@@ -112,11 +117,13 @@ def refine(
         out = _outputs(y, {"y_t": y_t, "eps_hat": eps_hat, "z": z}, out, into)
         if not _watched(y):
             _refine_out(y, eps_hat, alpha, gamma, seed, step, z, *origin, out, into)
+            _written(out, into)
             return out
     args = (y, eps_hat, _float64(alpha), _float64(gamma), _int64(seed), _int64(step), z, *origin)
     if out is None:
         return torch.ops.sr3fast.refine(*args)
     torch.ops.sr3fast.refine_out(*args, out, into)
+    _written(out, into)
     return out
 
 
@@ -147,7 +154,7 @@ def solver_step(
 
     Args:
         y, eps_hat, seed, step, z, origin, into: as in `refine`.
-        row: nine numbers, or a float32 tensor [9].
+        row: nine numbers, or a float32 tensor [9], any stride.
         history: (m_{t+1}, m_{t+2}), as many as the row uses; float32, y's shape.
         out: a tensor for y', or a pair (for y', for m); m_{t+2} may be the one that receives m. With a lone tensor,
             or a pair that ends in None, m is not stored, and an empty tensor is returned in its place.
@@ -174,7 +181,11 @@ def solver_step(
     elif row.shape != (9,) or row.dtype != torch.float32:
         raise ValueError(f"a row tensor must be float32 [9]: got {row.dtype} {tuple(row.shape)}")
     else:
+        _check_constant("row", row)
+        row = row.detach().resolve_neg().contiguous()
         values = row.tolist() if len(history) < 2 and _readable(row) else ()
+    if any(v != v for v in values):
+        raise ValueError(f"a row holds numbers: got nan in {tuple(values)}")
     for name, coefficient, m in zip(("C1", "C2"), values[6:8], (m1, m2), strict=False):
         if coefficient != 0 and m is None:
             raise ValueError(f"the row has {name}={coefficient:g} but history holds {len(history)} tensors")
@@ -182,7 +193,7 @@ def solver_step(
     step = _step(step, 1, y.device)
     if out is None and into is None:
         return torch.ops.sr3fast.solver_step(y, eps_hat, row, _int64(seed), _int64(step), m1, m2, z, *origin)
-    y_out, m_out = out if isinstance(out, tuple) else (out, None)
+    y_out, m_out = _two(out)
     inputs = {"y": given, "eps_hat": eps_hat, "z": z}
     y_out = _outputs(y, {**inputs, "m1": m1, "m2": m2}, y_out, into)
     if m_out is not None:
@@ -194,6 +205,7 @@ def solver_step(
         torch.ops.sr3fast.solver_step_out(y, eps_hat, row, _int64(seed), _int64(step), *rest)
     else:
         _solver_step_out(y, eps_hat, row, seed, step, *rest)
+    _written(y_out, m_out, into)
     return y_out, y.new_empty(0) if m_out is None else m_out
 
 
@@ -219,7 +231,7 @@ def q_sample(
 
     Args:
         y_0: [B, C, H, W] float32, float16 or bfloat16, NCHW or channels_last; y_t and eps have its dtype and layout.
-        gamma: 0 < gamma <= 1, one number, or float [B]. Not differentiated.
+        gamma: 0 < gamma <= 1, one number, or float [B].
         seed: may be None where eps is given.
         step: the training iteration, 0 .. 2^32 - 1.
         eps: noise from outside, in place of noise v1 (domain 2).
@@ -243,11 +255,11 @@ def q_sample(
         raise ValueError("q_sample needs a seed or eps: got neither")
     gamma = _gamma(gamma, y)
     seed, step = _seed(0 if seed is None else seed, y.shape[0], y.device), _step(step, 0, y.device)
-    place = _origin(origin)
+    place = _origin(origin, y.shape)
     if out is None and into is None:
         y_t, drawn = torch.ops.sr3fast.q_sample(y, gamma, _int64(seed), _int64(step), eps, *place)
         return y_t, drawn if eps is None else given_eps
-    y_out, eps_out = out if isinstance(out, tuple) else (out, None)
+    y_out, eps_out = _two(out)
     y_out = _outputs(y, {"y_0": y_0, "eps": eps}, y_out, into)
     if eps is not None and eps_out is not None:
         raise ValueError("out has a place for eps, but eps was given")
@@ -260,6 +272,7 @@ def q_sample(
         torch.ops.sr3fast.q_sample_out(y, gamma, _int64(seed), _int64(step), *rest)
     else:
         _q_sample_out(y, gamma, seed, step, *rest)
+    _written(y_out, eps_out, into)
     return y_out, given_eps if eps is not None else eps_out  # type: ignore[return-value]
 
 
@@ -295,7 +308,7 @@ def group_norm_silu(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; groups that do not divide C.
     """
-    first, second = h if isinstance(h, (tuple, list)) else (h, None)
+    first, second = _two(h, "h")
     _check_image("h", first, FLOATS)
     first = _dense(first)
     channels = first.shape[1]
@@ -367,6 +380,36 @@ def _check_image(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name} must be {names}: got {str(t.dtype).removeprefix('torch.')}")
 
 
+def _two(value, name: str = "out") -> tuple:
+    """A tensor, or a pair of which the second may be None, as a pair."""
+    if not isinstance(value, (tuple, list)):
+        return value, None
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a tensor or a pair: got {len(value)} of them")
+    return tuple(value)
+
+
+def _integer(name: str, value: int) -> int:
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int: got {type(value).__name__}")
+    return int(value)
+
+
+def _real(name: str, value: float) -> float:
+    if isinstance(value, float):
+        return value
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number or a tensor: got {type(value).__name__}")
+    return float(value)
+
+
+def _check_constant(name: str, t: Tensor) -> None:
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad: there is no derivative to it (pass {name}.detach())")
+
+
 def _check_channels(channels: int) -> None:
     if channels > 65536:
         raise ValueError(f"noise v1 numbers at most 65536 channels: got {channels}")
@@ -389,6 +432,7 @@ def _layout(t: Tensor) -> torch.memory_format:
 
 
 def _dense(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
+    t = t.resolve_neg()
     if layout is None:
         if t.is_contiguous():
             return t
@@ -405,10 +449,12 @@ def _like(name: str, t: Tensor, y: Tensor, dtypes: tuple[torch.dtype, ...] = (to
     return _dense(t, _layout(y))
 
 
-def _origin(origin: Origin) -> Origin:
-    h0, w0 = origin
-    if not (0 <= h0 < 1 << 32 and 0 <= w0 < 1 << 32):
-        raise ValueError(f"origin must be in 0 .. 2^32 - 1: got {(h0, w0)}")
+def _origin(origin: Origin, shape: Sequence[int]) -> Origin:
+    h0, w0 = (_integer("origin", v) for v in origin)
+    if not (0 <= h0 <= (1 << 32) - shape[2] and 0 <= w0 <= (1 << 32) - shape[3]):
+        raise ValueError(
+            f"origin must be in 0 .. 2^32 - 1, as must every pixel: got {(h0, w0)} for {shape[2]} x {shape[3]}"
+        )
     return h0, w0
 
 
@@ -417,7 +463,16 @@ def _watched(t: Tensor | None = None) -> bool:
     dispatcher; else, for inference, straight to the home, which saves a third of a small call."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    return t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter
+    return t is not None and ((type(t) is not Tensor and type(t) is not torch.nn.Parameter) or t.is_meta)
+
+
+def _written(*tensors: Tensor | None) -> None:
+    """Tell autograd, as every in-place operation does: who saved one of them for a backward pass gets an error."""
+    if torch.compiler.is_compiling():
+        return
+    for t in tensors:
+        if t is not None and not t.is_inference():
+            torch.autograd.graph.increment_version(t)
 
 
 def _int64(value: int | Tensor) -> Tensor:
@@ -435,8 +490,8 @@ def _float64(value: float | Tensor) -> Tensor:
 
 def _seed(seed: Seed, batch: int, device: torch.device) -> int | Tensor:
     """The 64 bits as an int64: a number or tensor of which sample i uses seed + i, or a tensor [B]."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return noise_v1.signed64(seed)
+    if isinstance(seed, (int, Integral)) and not isinstance(seed, bool):
+        return noise_v1.signed64(int(seed))
     if isinstance(seed, Tensor) and seed.ndim == 0 and seed.dtype == torch.int64:
         _check_scalar_device("seed", seed, device)
         return seed
@@ -451,6 +506,7 @@ def _step(step: int | Tensor, least: int, device: torch.device) -> int | Tensor:
         if _readable(step):
             _step(int(step), least, device)
         return step.view(())
+    step = _integer("step", step)
     if not least <= step < 1 << 32:
         raise ValueError(f"step must be in {least} .. 2^32 - 1: got {step}")
     return step
@@ -466,9 +522,12 @@ def _one_number(name: str, value: float | Tensor, device: torch.device) -> float
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number: got a tensor {tuple(value.shape)}")
+        if value.is_complex():
+            raise TypeError(f"{name} must be real: got {value.dtype}")
         _check_scalar_device(name, value, device)
-        return value.detach().to(torch.float64).view(())
-    return value
+        _check_constant(name, value)
+        return value.detach().to(torch.float64).resolve_neg().view(())
+    return _real(name, value)
 
 
 def _alpha_gamma(
@@ -494,6 +553,7 @@ def _alpha_gamma(
 def _gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
     """float64, 0-dim or [B]."""
     if not isinstance(gamma, Tensor):
+        gamma = _real("gamma", gamma)
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1]: got {gamma}")
         return _float64(gamma)
@@ -502,7 +562,8 @@ def _gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
     if gamma.numel() != 1 and gamma.shape != (y.shape[0],):
         raise ValueError(f"gamma must be one number or [B]: got {tuple(gamma.shape)} for a batch of {y.shape[0]}")
     _check_scalar_device("gamma", gamma, y.device)
-    gamma = gamma.detach().double()
+    _check_constant("gamma", gamma)
+    gamma = gamma.detach().double().resolve_neg()
     if _readable(gamma):
         low, high = (gamma.min().item(), gamma.max().item()) if gamma.numel() else (1.0, 1.0)
         if not (low > 0 and high <= 1):
@@ -526,7 +587,8 @@ def _step_inputs(
         z = _like("z", z, y)
     elif seed is None:
         raise ValueError("a step needs a seed or z: got neither")
-    return y, eps_hat, _seed(0 if seed is None else seed, y.shape[0], y.device), z, _origin(origin)
+    seed = _seed(0 if seed is None else seed, y.shape[0], y.device)
+    return y, eps_hat.resolve_neg(), seed, z, _origin(origin, y.shape)
 
 
 def _outputs(y: Tensor, inputs: dict[str, Tensor | None], out: Tensor | None, into: Tensor | None) -> Tensor:
@@ -542,6 +604,7 @@ def _outputs(y: Tensor, inputs: dict[str, Tensor | None], out: Tensor | None, in
         if into.shape != y.shape:
             raise ValueError(f"into must have the shape {tuple(y.shape)}: got {tuple(into.shape)}")
         _check_device("into", into, y.device)
+        _check_writable("into", into)
         _check_apart("into", into, {**inputs, "out": out})
     return out
 
@@ -555,14 +618,32 @@ def _check_out(
     _check_device(name, out, y.device)
     if out.stride() != y.stride() and out.numel() > 0 and not out.is_contiguous(memory_format=_layout(y)):
         raise ValueError(f"{name} must have the input's layout, strides {y.stride()}: got {out.stride()}")
-    if out.requires_grad:
-        raise ValueError(f"{name} must not require grad: out= is for inference")
+    _check_writable(name, out)
     _check_apart(name, out, others, may_be)
+
+
+def _check_writable(name: str, t: Tensor) -> None:
+    if t.requires_grad:
+        raise ValueError(f"{name} must not require grad: out= and into= are for inference")
+    if not torch.compiler.is_compiling() and t.is_neg():
+        raise ValueError(f"{name} must not be a view that negates: got one of torch's lazily negated tensors")
+    if not t.is_contiguous() and _overlaps_itself(t):
+        raise ValueError(f"{name} must not overlap itself in memory: got strides {t.stride()} for {tuple(t.shape)}")
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    reach = 0  # of the dimensions with smaller strides
+    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1:
+            if stride <= reach:
+                return True
+            reach += (n - 1) * stride
+    return False
 
 
 def _check_apart(name: str, t: Tensor, others: dict[str, Tensor | None], may_be: tuple[str, ...] = ()) -> None:
     """t and the others share no memory; one named in may_be may also be t itself."""
-    if torch.compiler.is_compiling():  # no addresses there
+    if _watched(t):  # no addresses there
         return
     low, high = _extent(t)
     for other_name, other in others.items():
@@ -601,17 +682,20 @@ def _interleaved(a: Tensor, b: Tensor) -> bool:
 def _check_norm(
     h: Tensor, channels: int, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None
 ) -> Tensor | None:
+    groups = _integer("groups", groups)
     if groups < 1 or channels % groups != 0:
         raise ValueError(f"groups must divide the channels: got {channels} channels and groups={groups}")
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not (_real("eps", eps) >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps must not be negative: got {eps}")
     for name, p, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
         ("shift", shift, (h.shape[0], channels)),
     ):
-        if p is None:
+        if p is None and name == "shift":
             continue
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name} must be a tensor: got {type(p).__name__}")
         if p.shape != shape:
             raise ValueError(f"{name} must have the shape {shape}: got {tuple(p.shape)}")
         if p.dtype not in FLOATS:
@@ -837,7 +921,13 @@ def _q_sample_backward(ctx, grad, grad_eps):
     return grad * gamma.sqrt().to(grad.dtype), None, None, None, deps, None, None
 
 
+def _forced_again(ctx):
+    """The home that was forced around the forward pass: autograd may call from a thread of its own."""
+    return contextlib.nullcontext() if ctx.home is None else backend.use(ctx.home)
+
+
 def _save_norm(ctx, inputs, output):
+    ctx.home = backend.forced()
     h, h2, weight, bias, groups, _, shift, silu = inputs
     _, mean, rstd = output
     ctx.save_for_backward(h, h2, weight, bias, mean, rstd, shift)
@@ -846,9 +936,10 @@ def _save_norm(ctx, inputs, output):
 
 def _norm_backward(ctx, grad, grad_mean, grad_rstd):
     h, h2, weight, bias, mean, rstd, shift = ctx.saved_tensors
-    dh, dh2, dweight, dbias, dshift = torch.ops.sr3fast.group_norm_silu_backward(
-        grad, h, h2, weight, bias, mean, rstd, ctx.groups, shift, ctx.silu, None
-    )
+    with _forced_again(ctx):
+        dh, dh2, dweight, dbias, dshift = torch.ops.sr3fast.group_norm_silu_backward(
+            grad, h, h2, weight, bias, mean, rstd, ctx.groups, shift, ctx.silu, None
+        )
     return (
         dh,
         None if h2 is None else dh2,
@@ -858,6 +949,7 @@ def _norm_backward(ctx, grad, grad_mean, grad_rstd):
 
 
 def _save_add_norm(ctx, inputs, output):
+    ctx.home = backend.forced()
     _, _, weight, bias, groups, _, shift, silu = inputs
     _, s, mean, rstd = output
     ctx.save_for_backward(s, weight, bias, mean, rstd)
@@ -866,11 +958,16 @@ def _save_add_norm(ctx, inputs, output):
 
 def _add_norm_backward(ctx, grad, grad_s, grad_mean, grad_rstd):
     s, weight, bias, mean, rstd = ctx.saved_tensors
-    ds, _, dweight, dbias, _ = torch.ops.sr3fast.group_norm_silu_backward(
-        grad, s, None, weight, bias, mean, rstd, ctx.groups, None, ctx.silu, grad_s
-    )
+    with _forced_again(ctx):
+        ds, _, dweight, dbias, _ = torch.ops.sr3fast.group_norm_silu_backward(
+            grad, s, None, weight, bias, mean, rstd, ctx.groups, None, ctx.silu, grad_s
+        )
     dshift = None if ctx.shift_dtype is None else ds.sum((2, 3), dtype=torch.float32).to(ctx.shift_dtype)
     return ds, ds, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, dshift, None
+
+
+def _twice(ctx, *grads):
+    raise RuntimeError("group_norm_silu has no second derivative: use F.silu(F.group_norm(...)) for that")
 
 
 for _op, _backward, _save in (
@@ -879,5 +976,6 @@ for _op, _backward, _save in (
     ("q_sample", _q_sample_backward, _save_q_sample),
     ("group_norm_silu", _norm_backward, _save_norm),
     ("add_group_norm_silu", _add_norm_backward, _save_add_norm),
+    ("group_norm_silu_backward", _twice, None),
 ):
     torch.library.register_autograd(f"sr3fast::{_op}", _backward, setup_context=_save, lib=_library)

@@ -1,14 +1,17 @@
 """The contract of the ops: bad input is refused with rule and values; opcheck and torch.compile pass."""
 
+import contextlib
 import inspect
 import math
 import shutil
+import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import nan_like, random, same_bits
 
-from sr3fast import ops
+from sr3fast import backend, ops
 from sr3fast.schedule import Schedule
 from sr3fast.solver import rows
 
@@ -94,6 +97,9 @@ BAD = [
     (norm, {"h": y(4, 5, 7)}, ValueError, r"h must be \[B, C, H, W\]"),
     (norm, {"h": (y(2, 2, 5, 7), y(2, 2, 5, 8))}, ValueError, r"a pair must agree but for the channels"),
     (norm, {"h": (y(2, 2, 5, 7), y(1, 2, 5, 7))}, ValueError, r"a pair must agree but for the channels"),
+    (norm, {"h": (y(2, 4, 5, 7),)}, ValueError, r"h must be a tensor or a pair: got 1 of them"),
+    (norm, {"h": (y(2, 1, 5, 7),) * 3}, ValueError, r"h must be a tensor or a pair: got 3 of them"),
+    (q_sample, {"out": (y(), y(), y())}, ValueError, r"out must be a tensor or a pair: got 3 of them"),
     (norm, {"weight": torch.ones(5)}, ValueError, r"weight must have the shape \(4,\): got \(5,\)"),
     (norm, {"bias": torch.ones(5)}, ValueError, r"bias must have the shape \(4,\): got \(5,\)"),
     (norm, {"shift": torch.ones(4)}, ValueError, r"shift must have the shape \(2, 4\): got \(4,\)"),
@@ -119,6 +125,20 @@ BAD = [
     (q_sample, {"eps": y().half()}, TypeError, r"eps must have y_0's dtype: got torch.float16"),
     (q_sample, {"gamma": torch.tensor([1, 1])}, TypeError, r"gamma must be floating point"),
     (q_sample, {"out": y().half()}, TypeError, r"out must be float32"),
+    (refine, {"step": 4.5}, TypeError, r"step must be an int: got float"),
+    (refine, {"step": None}, TypeError, r"step must be an int: got NoneType"),
+    (refine, {"step": 4.5, "out": y()}, TypeError, r"step must be an int: got float"),
+    (refine, {"alpha_t": "0.9"}, TypeError, r"alpha_t must be a number or a tensor: got str"),
+    (refine, {"alpha_t": None}, TypeError, r"alpha_t must be a number or a tensor: got NoneType"),
+    (refine, {"gamma_t": torch.tensor(0.5 + 0j)}, TypeError, r"gamma_t must be real: got torch.complex64"),
+    (refine, {"origin": (0.0, 0)}, TypeError, r"origin must be an int: got float"),
+    (q_sample, {"gamma": [0.5, 0.5]}, TypeError, r"gamma must be a number or a tensor: got list"),
+    (q_sample, {"gamma": y().numpy()}, TypeError, r"gamma must be a number or a tensor: got ndarray"),
+    (noise, {"domain": 1.0}, TypeError, r"domain must be an int: got float"),
+    (noise, {"seed": y().numpy()}, TypeError, r"seed must be an int, a sequence"),
+    (norm, {"groups": 2.0}, TypeError, r"groups must be an int: got float"),
+    (norm, {"weight": None}, TypeError, r"weight must be a tensor: got NoneType"),
+    (norm, {"bias": np.ones(4)}, TypeError, r"bias must be a tensor: got ndarray"),
     (noise, {"dtype": torch.float64}, TypeError, r"got torch.float64"),
     (norm, {"h": y(2, 4, 5, 7).double()}, TypeError, r"h must be"),
     (norm, {"h": (y(2, 2, 5, 7), y(2, 2, 5, 7).half())}, TypeError, r"h\[1\] must be float32: got float16"),
@@ -170,7 +190,10 @@ BAD = [
     (refine, {"step": 2**32}, ValueError, r"step must be in 1 .* got 4294967296"),
     (refine, {"origin": (-1, 0)}, ValueError, r"origin must be in .*: got \(-1, 0\)"),
     (refine, {"origin": (0, 2**32)}, ValueError, r"origin must be in .*: got \(0, 4294967296\)"),
+    (refine, {"origin": (2**32 - 4, 0)}, ValueError, r"as must every pixel: got \(4294967292, 0\) for 5 x 7"),
+    (noise, {"origin": (0, 2**32 - 6)}, ValueError, r"as must every pixel: .* for 5 x 7"),
     (solver_step, {"step": 0}, ValueError, r"step must be in 1"),
+    (solver_step, {"row": (*ROW[:8], math.nan)}, ValueError, r"a row holds numbers: got nan"),
     (q_sample, {"gamma": 0.0}, ValueError, r"gamma must be in \(0, 1\]: got 0.0"),
     (q_sample, {"gamma": 1.5}, ValueError, r"gamma must be in \(0, 1\]: got 1.5"),
     (q_sample, {"gamma": torch.tensor([0.5, 1.5])}, ValueError, r"got values from 0.5 to 1.5"),
@@ -203,6 +226,18 @@ BAD = [
     (refine, {"y_t": grad(y()), "out": y()}, ValueError, r"an input requires grad"),
     (refine, {"eps_hat": grad(y()), "into": y()}, ValueError, r"an input requires grad"),
     (refine, {"out": grad(y())}, ValueError, r"out must not require grad"),
+    (refine, {"into": grad(y())}, ValueError, r"into must not require grad"),
+    (refine, {"alpha_t": grad(torch.tensor(0.9))}, ValueError, r"alpha_t must not require grad: there is no deriv"),
+    (refine, {"gamma_t": grad(torch.tensor(0.5))}, ValueError, r"gamma_t must not require grad"),
+    (q_sample, {"gamma": grad(torch.tensor(0.5))}, ValueError, r"gamma must not require grad"),
+    (solver_step, {"row": grad(torch.tensor(ROW))}, ValueError, r"row must not require grad"),
+    (refine, {"out": torch._neg_view(y())}, ValueError, r"out must not be a view that negates"),
+    (refine, {"into": torch._neg_view(y())}, ValueError, r"into must not be a view that negates"),
+    (refine, {"into": y(1, 3, 5, 7).expand(2, 3, 5, 7)}, ValueError, r"into must not overlap itself in memory"),
+    (
+        *(refine, {"into": flat[:400].as_strided((2, 3, 5, 7), (105, 35, 1, 1))}),
+        *(ValueError, r"into must not overlap itself in memory: got strides \(105, 35, 1, 1\)"),
+    ),
     (
         refine,
         {"eps_hat": buffer[:, :3], "out": buffer.view(-1)[70:280].view(2, 3, 5, 7)},
@@ -272,6 +307,99 @@ def test_under_no_grad_leaves_may_be_written_from():
     with torch.no_grad():
         expected = refine(y_t=y())
         assert same_bits(refine(y_t=grad(y()), out=nan_like(y())), expected)
+
+
+def test_a_row_may_be_a_column_of_a_table(home):
+    table = torch.tensor(ROW, device=home)[:, None].repeat(1, 5)
+    given = [t.to(home) for t in (y(), y(seed=1), y(seed=2), y(seed=3))]
+    for row in (table[:, 2], torch._neg_view(-table[:, 2])):
+        got = ops.solver_step(*given[:2], row, 3, 4, history=given[2:])
+        assert all(map(same_bits, got, ops.solver_step(*given[:2], ROW, 3, 4, history=given[2:])))
+    with pytest.raises(ValueError, match=r"C1=-0.15 but history holds 0"):
+        ops.solver_step(*given[:2], torch.tensor(ROW)[:, None].repeat(1, 5)[:, 2], 3, 4)
+
+
+@pytest.mark.parametrize("inference", (False, True))
+def test_lazily_negated_tensors_are_read_as_they_are(home, inference):
+    """torch keeps some negations, as of an imaginary part's conjugate, as a bit of the tensor."""
+
+    def negated(seed):
+        return torch._neg_view(-y(seed=seed).to(home))
+
+    out = {"out": nan_like(y()).to(home)} if inference else {}
+    pairs = {"out": (nan_like(y()).to(home), nan_like(y()).to(home))} if inference else {}
+    with torch.no_grad():
+        for z in (None, 2):
+            got = ops.refine(negated(0), negated(1), 0.9, 0.5, 3, 4, z=z and negated(z), **out)
+            plain = ops.refine(*(y(seed=s).to(home) for s in (0, 1)), 0.9, 0.5, 3, 4, z=z and y(seed=z).to(home))
+            assert same_bits(got, plain)
+        got, plain = ops.q_sample(negated(0), 0.3, 5, 2, **pairs), ops.q_sample(y().to(home), 0.3, 5, 2)
+        assert all(map(same_bits, got, plain))
+
+
+def test_autograd_sees_what_out_and_into_overwrite():
+    def written(**outs):
+        a = grad(y(seed=5))
+        h = a * 2
+        loss = h.square().sum()  # saves h
+        with torch.no_grad():
+            for op, name in ((refine, "out"), (refine, "into"), (q_sample, "into")):
+                if outs.get(op.__name__) == name:
+                    op(**{name: h.detach()})
+            if outs.get("solver_step"):
+                solver_step(out=(y(), h.detach()))
+        loss.backward()
+
+    written()
+    for outs in ({"refine": "out"}, {"refine": "into"}, {"q_sample": "into"}, {"solver_step": "m"}):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            written(**outs)
+    with torch.inference_mode():
+        refine(out=y(), into=y())
+
+
+def test_a_forced_home_runs_the_backward_pass_too():
+    """Autograd calls from threads of its own, where nothing is forced."""
+    called = []
+    find = backend._find
+
+    def noted(op, device, forced):
+        called.append((op, forced))
+        return find(op, device, forced)
+
+    h = grad(y(2, 4, 5, 7))
+    with pytest.MonkeyPatch.context() as patch, backend.use("torch"):
+        patch.setattr(backend, "_find", noted)
+        for out in (norm(h=h), add_norm(h=h)[0]):
+            thread = threading.Thread(target=lambda out=out: out.sum().backward())
+            thread.start()
+            thread.join()
+    backward = [forced for op, forced in called if op == "group_norm_silu_backward"]
+    assert backward == ["torch", "torch"] and h.grad is not None
+
+
+def test_a_second_derivative_is_refused():
+    for op in (norm, lambda h: add_norm(h=h)[0]):
+        h = grad(y(2, 4, 5, 7))
+        (first,) = torch.autograd.grad(op(h=h).square().sum(), h, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            first.sum().backward()
+
+
+def test_shapes_alone_are_enough_for_tensors_without_memory():
+    from torch._subclasses import FakeTensorMode
+
+    for mode, device in ((contextlib.nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
+        with mode:
+            y_t, eps_hat, out, into = (torch.empty(2, 3, 5, 7, device=device) for _ in range(4))
+            assert ops.refine(y_t, eps_hat, 0.9, 0.5, 3, 4, out=out, into=into) is out
+            assert ops.q_sample(y_t, 0.5, 3, out=(out, into))[1] is into
+
+
+def test_numpys_integers_are_integers():
+    for ours, numpys in ((3, np.int64(3)), ([3, 9], list(np.array([3, 9])))):
+        assert same_bits(noise(seed=ours, step=2), noise(seed=numpys, step=np.int32(2)))
+        assert same_bits(refine(seed=ours), refine(seed=numpys, out=nan_like(y())))
 
 
 def test_every_op_documents_itself():
