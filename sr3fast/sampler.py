@@ -20,13 +20,16 @@ from .engine import Engine, refusal
 from .image import resize
 from .schedule import Schedule
 from .solver import LEVELS, Table, default, rows
+from .unet import UNet
 
 if TYPE_CHECKING:
     from .weights import Target
 
-__all__ = ["Network", "Run", "Sampler", "Samples", "network"]
+__all__ = ["Network", "Run", "Sampler", "Samples", "find_device", "network"]
 
 log = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Callback = Callable[[int, Tensor, Tensor], Any]
 Function = Callable[[Tensor | None, Tensor, Tensor], Tensor]
@@ -120,7 +123,7 @@ class Sampler:
         variant = getattr(f_theta, "variant", None)
         if variant in ("sr3", "ddpm") and (variant == "ddpm") != (level == "t"):
             raise ValueError(f"a {variant} network is not conditioned on level={level!r}")
-        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype must be float32, float16 or bfloat16: got {dtype}")
         if not (graph in (True, False) or graph == "auto"):
             raise ValueError(f'graph must be "auto", True or False: got {graph!r}')
@@ -149,7 +152,7 @@ class Sampler:
         self.scale = scale
         self.table = rows(schedule, **self._options)
         self.last_seed: int | list[int] | None = None
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else find_device(device)
         self._network = network(f_theta, dtype, graph)
 
     @overload
@@ -214,7 +217,8 @@ class Sampler:
             samples: draw n of the one source, with seeds s .. s + n - 1.
 
         Returns:
-            y_0, float32 [B, Cy, H, W], not clamped; `Samples` where samples= is given.
+            y_0, float32 [B, Cy, H, W], not clamped; `Samples` where samples= is given. Where it is not finite,
+            a warning says so.
 
         Raises:
             ValueError, TypeError: shapes, dtypes, devices or options that do not fit, before any step.
@@ -337,6 +341,8 @@ class Sampler:
                 if callback is not None:
                     callback(step - 1, y.clone(), cast(Tensor, m).clone())
                 yield step - 1, y
+        if not inputs.y.isfinite().all():
+            _warn("y_0 is not finite: f_theta gave infinity or NaN on the way (weights, or the range of its dtype)")
 
     def _inputs(
         self,
@@ -448,6 +454,7 @@ class Sampler:
 
     def __repr__(self) -> str:
         options = {k: v for k, v in self._options.items() if v is not None and k != "integer"}
+        options["clip"] = self.table.rows[0, 2].item()
         return f"Sampler({type(self.f_theta).__name__}, {self.schedule!r}, {len(self.table)} rows, {options})"
 
 
@@ -477,6 +484,8 @@ def network(f_theta: Any, dtype: torch.dtype | None = None, graph: bool | str = 
     """f_theta itself where it starts its runs, the engine for our UNet, the adapter for another callable."""
     if hasattr(f_theta, "start"):
         return f_theta
+    if type(f_theta) is UNet and dtype is None and (own := f_theta.conv_in.weight.dtype) not in DTYPES:
+        raise TypeError(f"a UNet's parameters must be float32, float16 or bfloat16, or dtype= one of them: got {own}")
     if refusal(f_theta) is None:
         return Engine(f_theta, dtype, graph=graph)
     return _Adapter(f_theta, dtype, graph is True)
@@ -553,6 +562,16 @@ class _Captured(_Eager):
                 f"f_theta gives other results as a CUDA graph (off by {off:.3g}, more than {tolerance:.3g}):"
                 " it does work on the host that a graph does not repeat; pass graph=False"
             )
+
+
+def find_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of that name, by default the GPU if there is one. ValueError where it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"device {name} is not there ({' '.join(str(error).split())}): use cpu") from error
+    return device
 
 
 def _parameters(f_theta: Any) -> Iterator[Tensor]:

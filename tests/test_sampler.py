@@ -494,6 +494,18 @@ def test_sources_of_another_range_are_warned_about(x):
         sampler(torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_result_that_is_not_finite_is_warned_about_once(x, value):
+    def broken(x, y_t, level):
+        return f_theta(x, y_t, level).index_fill(0, torch.tensor([1]), value)
+
+    sampler = Sampler(broken, SCHEDULE)
+    for run in (sampler, lambda x: list(sampler.iterate(x)), lambda x: list(sampler.frames(x))):
+        with pytest.warns(UserWarning, match="y_0 is not finite: f_theta gave infinity or NaN") as record:
+            run(x)
+        assert len(record) == 1 and record[0].filename == __file__
+
+
 def refusing(x, y_t, level):
     raise AssertionError("f_theta ran before the arguments were checked")
 
@@ -547,6 +559,8 @@ def test_types_refused_before_any_step(x, change, message):
         (dict(steps=0), ValueError, "steps must be at least 1"),
         (dict(solver="sr3", clip=1.0), ValueError, "clips nothing"),
         (dict(eta=0.5), ValueError, "eta is an option of ddim"),
+        (dict(device="cuda:77"), ValueError, "device cuda:77 is not there"),
+        (dict(device="cpux"), ValueError, "device cpux is not there"),
     ],
 )
 def test_options_refused(options, error, message):
@@ -561,6 +575,15 @@ def test_networks_and_schedules_refused(unet):
         Sampler(f_theta, [0.1, 0.2])
     with pytest.raises(ValueError, match="a sr3 network is not conditioned on level='t'"):
         Sampler(unet, SCHEDULE, level="t")
+    with pytest.raises(TypeError, match="a UNet's parameters must be float32"):
+        Sampler(unet.double(), SCHEDULE)
+    Sampler(unet, SCHEDULE, dtype=torch.float32)
+
+
+def test_its_repr_says_what_runs():
+    text = repr(Sampler(f_theta, SCHEDULE, steps=4))
+    assert "4 rows" in text and "'solver': 'dpm++2m'" in text and "'clip': 1.0" in text
+    assert "'clip': inf" in repr(Sampler(f_theta, SCHEDULE))
 
 
 @pytest.mark.parametrize("eps_hat, message", [(torch.zeros(3, 1, 12, 20), r"got \[3, 1, 12, 20\]"), (None, "got None")])
