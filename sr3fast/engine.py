@@ -738,7 +738,7 @@ class Engine:
         self._packed: dict[Any, Any] = {}  # layers that any shape can use
         self._version: Any = None
         self._values: Tensor | None = None
-        self._pool: Any = None  # of the graphs' memory
+        self._captures: Any = None  # device, stream, and pool of the graphs' memory: only one stream's share it
         self._stream: Any = None  # that replayed last
 
     def __getstate__(self) -> dict[str, Any]:
@@ -838,7 +838,7 @@ class Engine:
         tensors = list(self.unet.parameters())
         version = [(t.data_ptr(), t.device, t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
         # `p.data.copy_(...)`, as averages of weights are often kept, leaves the counter alone
-        values = torch.stack([t.detach().reshape(-1)[0].float() for t in tensors])
+        values = torch.stack([t.detach()[(0,) * t.ndim].float() for t in tensors])
         if version != self._version or self._values is None or not torch.equal(values, self._values):
             self._drop()
             self._version, self._values = version, values
@@ -865,10 +865,10 @@ class Engine:
         collecting = gc.isenabled()
         benchmark = torch.backends.cudnn.benchmark
         with self._turn(), torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-            current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            if self._captures is None or self._captures[0] != device:
+                self._captures = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            current, (_, stream, pool) = torch.cuda.current_stream(device), self._captures
             graph = torch.cuda.CUDAGraph()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
             gc.disable()  # a collected kernel would unload its module in the middle of the capture
             torch.backends.cudnn.benchmark = True  # the choice is made in the runs before the capture
             try:
@@ -879,10 +879,10 @@ class Engine:
                         body()
                 reset()
                 current.wait_stream(stream)
-                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     body()
             except RuntimeError as error:  # out of memory is one
-                self._pool = None
+                self._captures = None
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
                 raise RuntimeError(
