@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random as python_random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from sr3fast import backend, ops
 pytestmark = pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="g++ is not installed")
 
 # of emulate.h's table
-CLUSTERS, NARROW_CLUSTERS, AMPERE, AMPERE_SMALL_L2, HOPPER = range(5)
+CLUSTERS, NARROW_CLUSTERS, AMPERE, AMPERE_SMALL_L2, HOPPER, CLUSTERS_OF_2, NO_CLUSTERS = range(7)
 ROW = (1.2, 0.7, 1.0, 0.9, -0.1, 0.3, 0.2, -0.4, 0.5)
 
 
@@ -191,6 +192,9 @@ WAYS = [
     ((1, 64, 32, 32), 32, NCHW, BF16, HOPPER, (1, 1), (2, 2)),
     ((1, 8, 128, 128), 2, NHWC, F32, CLUSTERS, (1, 8), (2, 16)),  # 512 KB and 1 MB in blocks of 64 KB
     ((1, 8, 128, 128), 2, NHWC, F32, NARROW_CLUSTERS, (1, 8), (2, 8)),  # narrower slices
+    ((1, 8, 128, 128), 2, NHWC, F32, CLUSTERS_OF_2, (2, 1), (3, 1)),
+    ((1, 8, 64, 64), 2, NHWC, F32, CLUSTERS_OF_2, (1, 2), (2, 2)),
+    ((1, 8, 128, 128), 2, NHWC, F32, NO_CLUSTERS, (2, 1), (3, 1)),
     ((1, 8, 128, 128), 2, NHWC, F32, AMPERE, (2, 1), (3, 1)),
     ((3, 4, 128, 128), 1, NCHW, F32, AMPERE, (4, 1), (7, 1)),  # L2 holds two samples of h, one of h and grad
     ((5, 16, 8, 8), 4, NHWC, F32, AMPERE_SMALL_L2, (1, 1), (2, 1)),  # a slice is small enough for a block
@@ -207,6 +211,22 @@ def test_the_way_a_norm_goes(emulated, shape, groups, layout, dtype, device, for
     with emulated(device) as functions:
         torch.autograd.grad(out, (x, weight, bias), torch.ones_like(out))
         assert (functions.launches, functions.largest_cluster) == backward
+
+
+def test_kernels_are_told_once_what_they_may_have(library, tmp_path):
+    """And never less than before: another thread may be about to launch with more."""
+    functions = cuda_on_cpu.Functions(shutil.copy(library, tmp_path))  # where no kernel ran yet
+    home = cuda_on_cpu.Home(functions, HOPPER)
+    told, asked = functions.told, functions.asked
+
+    def run(size, dtype):
+        h = random(1, 8, size, size, dtype=dtype, layout=NHWC)
+        outs = torch.empty_like(h), torch.empty(1, 2), torch.empty(1, 2)
+        home.group_norm_silu(outs, h, None, torch.ones(8), torch.zeros(8), 2, 1e-5, None, True)
+        return functions.told - told, functions.asked - asked
+
+    assert [run(size, F32) for size in (128, 64, 128)] == [(2, 1)] * 3  # much shared memory, less, much
+    assert run(64, BF16) == (4, 2)  # another kernel of the same type
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])

@@ -2,10 +2,12 @@
 // that a machine without a GPU can run the kernels.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../common/ops.h"
 
@@ -145,8 +147,8 @@ __device__ __forceinline__ T* cluster_peer(T* p, uint32_t rank) {
 }
 #endif
 
-inline void check(cudaError_t error, const std::string& what) {
-  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 // Makes exec's device the current one for the calls of this scope.
@@ -154,8 +156,8 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
     moved_ = device != before_;
+    if (moved_) check(cudaSetDevice(device), ("cudaSetDevice(" + std::to_string(device) + ")").c_str());
   }
   ~OnDevice() {
     if (moved_) cudaSetDevice(before_);
@@ -195,39 +197,55 @@ inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute& cl
   return config;
 }
 
-// Above 48 KB of shared memory and clusters of 8, which run anywhere, a kernel must be told.
-inline cudaError_t allow(const void* kernel, const Launch& l) {
-  cudaError_t error = cudaSuccess;
-  if (l.shared > 48 * 1024)
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
-  if (error == cudaSuccess && l.cluster > 8)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  return error;
+// ask(), once a kernel and device: the driver takes microseconds to answer.
+class Once {
+ public:
+  template <class Ask>
+  int operator()(const void* kernel, int device, Ask&& ask) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto key = std::make_pair(kernel, device);
+    const auto found = known_.find(key);
+    return found != known_.end() ? found->second : known_.emplace(key, ask()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<const void*, int>, int> known_;
+};
+
+// Above 48 KB of shared memory and clusters of 8, which run anywhere, a kernel must be told. It is told the
+// most that its device has: a limit set for one launch could be another thread's too low one.
+inline void allow(const char* what, const void* kernel, const Launch& l, int device) {
+  if (l.shared <= 48 * 1024 && l.cluster <= 8) return;
+  static Once once;
+  once(kernel, device, [&] {
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
+    if (attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
+    return most;
+  });
 }
 
-// Blocks of the largest cluster that this kernel can have: 16, 8, or 1 before Hopper.
+// Blocks of the largest cluster that this kernel can have: 16, 8, 4, 2, or 1, as always before Hopper.
 template <class Kernel>
 int widest_cluster(Kernel* kernel, int threads, int64_t shared, int device) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // asking takes microseconds, and the answer is the device's
-  std::atomic<int>* cached = device < kDevices ? &known[device] : nullptr;
-  if (cached && *cached > 0) return *cached;
-  int widest = 1;
-  if (attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {
-    widest = 8;
-    const Launch l{16, threads, shared, 16, nullptr};
-    cudaLaunchAttribute cluster{};
-    const cudaLaunchConfig_t config = configuration(l, cluster);
-    int clusters = 0;
-    if (allow(reinterpret_cast<const void*>(kernel), l) == cudaSuccess &&
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0)
-      widest = 16;
-    else
+  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9) return 1;
+  static Once once;
+  const void* address = reinterpret_cast<const void*>(kernel);
+  return once(address, device, [&] {
+    for (int widest = 16; widest > 1; widest /= 2) {
+      const Launch l{widest, threads, shared, widest, nullptr};
+      allow("cudaFuncSetAttribute", address, l, device);
+      cudaLaunchAttribute cluster{};
+      const cudaLaunchConfig_t config = configuration(l, cluster);
+      int clusters = 0;
+      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0)
+        return widest;
       cudaGetLastError();  // it was a question
-  }
-  if (cached) *cached = widest;
-  return widest;
+    }
+    return 1;
+  });
 }
 
 template <class... Parameters, class... Arguments>
@@ -238,10 +256,13 @@ void launch(const char* op, void (*kernel)(Parameters...), const Launch& l, cons
            " bytes of shared memory, clusters of " + std::to_string(l.cluster);
   };
   if (l.blocks > 0x7fffffff) throw std::runtime_error(what() + ": a grid holds at most 2^31 - 1 blocks");
-  check(allow(reinterpret_cast<const void*>(kernel), l), what());
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  allow(op, reinterpret_cast<const void*>(kernel), l, device);
   cudaLaunchAttribute cluster{};
   const cudaLaunchConfig_t config = configuration(l, cluster);
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), what());
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) check(error, what().c_str());
 }
 
 // Calls f(T{}) with the element type.

@@ -138,6 +138,16 @@ class Functions:
     def largest_cluster(self) -> int:
         return self._library.emulate_largest_cluster()
 
+    @property
+    def told(self) -> int:
+        """How often a kernel was told what it may have."""
+        return self._library.emulate_told()
+
+    @property
+    def asked(self) -> int:
+        """Kernels and devices whose clusters were asked about."""
+        return self._library.emulate_asked()
+
     def quotient(self, n: int, divisor: int) -> int:
         """csrc/common/divide.h"""
         return self._library.quotient(ctypes.c_uint32(n), ctypes.c_int64(divisor))

@@ -16,8 +16,11 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <random>
+#include <set>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -59,12 +62,17 @@ constexpr Device devices[] = {
     {8, 4, 166912, 1 << 20, 1},   // no clusters
     {8, 4, 166912, 1 << 12, 1},   // an L2 cache that holds one sample
     {9, 132, 232448, 50 << 20, 16},
+    {9, 4, 232448, 1 << 20, 2},  // a part of a GPU, with room for narrow clusters only
+    {9, 4, 232448, 1 << 20, 1},
 };
 constexpr int kDevices = sizeof devices / sizeof devices[0];
 inline int device = 0;
 enum class Schedule { forward, backward, shuffled };
 inline Schedule schedule = Schedule::forward;
-inline int launches = 0, largest_cluster = 0;
+inline int launches = 0, largest_cluster = 0, told = 0;  // told: attributes of kernels
+// what kernels were told on a device, and those whose clusters were asked about
+inline std::map<std::pair<const void*, int>, std::map<int, int>> allowed;
+inline std::set<std::pair<const void*, int>> asked;
 
 constexpr size_t kStack = 256 * 1024;
 
@@ -272,9 +280,18 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int d
   *value = values[name];
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int value) {
+  int& now = emulate::allowed[{kernel, emulate::device}][attribute];
+  if (value < now ||
+      value > emulate::devices[emulate::device].shared)  // less could fail another thread's launch
+    return cudaErrorInvalidValue;
+  ++emulate::told;
+  now = value;
+  return cudaSuccess;
+}
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* c) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel, const cudaLaunchConfig_t* c) {
+  emulate::asked.insert({reinterpret_cast<const void*>(kernel), emulate::device});
   *clusters =
       c->attrs->val.clusterDim.x <= static_cast<unsigned>(emulate::devices[emulate::device].widest_cluster);
   return cudaSuccess;
@@ -284,6 +301,11 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   const unsigned size = c->numAttrs ? c->attrs->val.clusterDim.x : 1;
+  auto& allowed = emulate::allowed[{reinterpret_cast<const void*>(kernel), emulate::device}];
+  const int shared = std::max(48 * 1024, allowed[cudaFuncAttributeMaxDynamicSharedMemorySize]);
+  if (c->dynamicSmemBytes > static_cast<size_t>(shared) ||
+      (size > 8 && !allowed[cudaFuncAttributeNonPortableClusterSizeAllowed]))
+    return cudaErrorInvalidValue;
   if (c->gridDim.x == 0 || c->gridDim.x % size != 0 || c->blockDim.x == 0 || c->blockDim.x > 1024 ||
       c->dynamicSmemBytes > static_cast<size_t>(emulate::devices[emulate::device].shared) ||
       (size > 1 && (emulate::devices[emulate::device].capability < 9 ||

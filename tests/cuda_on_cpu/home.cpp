@@ -31,6 +31,8 @@ void emulate_schedule(int schedule) { emulate::schedule = static_cast<emulate::S
 void emulate_forget() { emulate::launches = emulate::largest_cluster = 0; }
 int emulate_launches() { return emulate::launches; }
 int emulate_largest_cluster() { return emulate::largest_cluster; }
+int emulate_told() { return emulate::told; }
+int emulate_asked() { return static_cast<int>(emulate::asked.size()); }
 uint32_t quotient(uint32_t n, int64_t divisor) { return Divide(divisor).quotient(n); }
 int64_t scratch_bytes(int64_t b, int64_t c, int64_t h, int64_t w) { return cuda::scratch_bytes(b, c, h, w); }
 
