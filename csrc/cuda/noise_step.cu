@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kMaxThreads) noise_kernel(const NoiseArguments
     const uint32_t i = tile.start + tile.at(u);
     float z[4];
     if (direct)
-      a.draw.in_registers(a.range, i, step, z);
+      a.draw.in_registers(a.range.place(i), step, z);
     else
       Vec<float, 4>::load(shared_z + tile.at(u)).floats(z);
     store_any(a.out, a.range, i, tile.valid(u), tile.whole, z);
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArgument
       if (tile.valid(u) <= 0) continue;
       if (direct) {
         float z[4];
-        a.draw.in_registers(a.range, tile.start + tile.at(u), step, z);
+        a.draw.in_registers(a.range.place(tile.start + tile.at(u)), step, z);
         z_raw[u] = Vec<float, 4>::of(z);
       } else {
         z_raw[u] = Vec<float, 4>::load(shared_z + tile.at(u));

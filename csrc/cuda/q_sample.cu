@@ -8,10 +8,10 @@ struct Arguments {
   Range range;
   Draw draw;
   View out, eps_out, into, y_0, eps;
-  Mix mix;              // of a gamma on the host
-  const double* gamma;  // in device memory: [B], or one number
-  bool per_sample;
-  int mix_bytes;  // a tile's mixes in shared memory
+  Mix mix;                   // of a gamma on the host
+  const double* gamma;       // in device memory: [B], or one number
+  bool per_sample, crossed;  // crossed: a vector's elements may lie in two samples
+  int mix_bytes;             // a tile's mixes in shared memory
 };
 
 // T is the type of y_0, eps and out. A thread has 8 elements: vectors of 16 bytes, of 4 or 8 elements.
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) q_sample_kernel(const Argument
   for (int u = 0; u < kVectors; ++u) {
     if (tile.valid(u) <= 0) continue;
     const uint32_t i = tile.start + tile.at(u);
+    const Place place = a.range.place(i);
     float y[N], eps[N], out[N];
     if (a.eps) {
       eps_raw[u].floats(eps);
@@ -60,20 +61,23 @@ __global__ void __launch_bounds__(kMaxThreads, 4) q_sample_kernel(const Argument
         if (!direct)
           Vec<float, 4>::load(shared_z + tile.at(u) + k).floats(z);
         else if (k < tile.valid(u))
-          a.draw.in_registers(a.range, i + k, step, z);
+          a.draw.in_registers(k == 0 ? place : a.range.place(i + k), step, z);
 #pragma unroll
         for (int j = 0; j < 4; ++j) eps[k + j] = z[j];
       }
     }
     y_raw[u].floats(y);
+    Mix mix = a.mix;
+    if (a.gamma) mix = mixes[a.per_sample ? place.at[3] - first : 0];
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      Mix mix = a.mix;
-      if (a.gamma) {
-        const bool lookup = a.per_sample && k < tile.valid(u);
-        mix = mixes[lookup ? a.range.place(i + k).at[3] - first : 0];
+    for (int k = 0; k < N; ++k) out[k] = mix.signal * y[k] + mix.noise * eps[k];
+    if (a.crossed) {
+#pragma unroll
+      for (int k = 1; k < N; ++k) {
+        if (k >= tile.valid(u)) continue;
+        mix = mixes[a.range.place(i + k).at[3] - first];
+        out[k] = mix.signal * y[k] + mix.noise * eps[k];
       }
-      out[k] = mix.signal * y[k] + mix.noise * eps[k];
     }
     store<T>(a.out, a.range, i, tile.valid(u), tile.whole, out);
     if (a.eps_out) store<T>(a.eps_out, a.range, i, tile.valid(u), tile.whole, eps);
@@ -109,6 +113,7 @@ void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double
                   {},
                   gamma.device,
                   gamma_per_sample,
+                  gamma_per_sample && y_0.numel() / y_0.size[0] % (16 / sizeof(T)) != 0,
                   gamma.device ? mix_bytes(y_0, gamma_per_sample) : 0};
       if (!gamma.device) a.mix = q_sample_mix(gamma.value);
       launch("q_sample", draw.direct ? q_sample_kernel<T, true> : q_sample_kernel<T, false>,

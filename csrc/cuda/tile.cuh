@@ -198,9 +198,8 @@ struct Draw {
     direct = !t.channels_last() && t.size[3] % 4 == 0 && lead == 0;
   }
 
-  // direct: elements i .. i + 4 of the range, i a multiple of 4
-  __device__ __forceinline__ void in_registers(const Range& range, uint32_t i, uint32_t t, float* z) const {
-    const Place p = range.place(i);
+  // direct: four elements from the place on, which is a multiple of 4
+  __device__ __forceinline__ void in_registers(const Place& p, uint32_t t, float* z) const {
     const Normals n = normals(seed.of(p.at[3]), domain, t, p.at[2], p.at[1] + h0, p.at[0] / 4 + quad0);
     z[0] = n.z0;
     z[1] = n.z1;
