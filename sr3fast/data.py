@@ -39,6 +39,10 @@ class DataError(ValueError):
     """
 
 
+class Skipped(UserWarning):
+    """A picture that is left out. The message names it and says why."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One picture: its target, and its source where the data brings one (else the source is made from the
@@ -131,8 +135,9 @@ def _header(file: Path) -> Size | None:
         return None
 
 
-def _skip(name: object, error: Exception) -> None:
-    warnings.warn(f"skipped {name}: {error}", stacklevel=3)
+def _skip(name: object, problem: object) -> None:
+    text = str(problem)
+    warnings.warn(f"skipped {text if text.startswith(str(name)) else f'{name}: {text}'}", Skipped, stacklevel=3)
 
 
 def _pair_items(targets: Path, sources: Path, scale: float) -> list[Item]:
@@ -221,8 +226,8 @@ class Pictures(Dataset):
     augment   "none", "flip" (left and right) or "dihedral" (the square's 8 symmetries)
     memory    bytes of decoded pictures that are kept
 
-    Raises DataError where a picture is smaller than the crop, or none is left. A file that turns out to be
-    broken is named in a warning, and the next one stands in for it.
+    A picture smaller than the crop is left out; a file that turns out to be broken is too, and the next one
+    stands in for it. A warning, `Skipped`, names each. Raises DataError where none is left.
     """
 
     def __init__(
@@ -242,13 +247,18 @@ class Pictures(Dataset):
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}: got {augment!r}")
         if not items:
             raise DataError("no picture can be read")
-        for item in items:
-            if min(_whole(item.size, scale)) < crop:
-                raise DataError(
-                    f"{item.name}: a picture must hold a crop of {crop} pixels, whole at 1/{scale:g}: "
-                    f"got {item.size[0]} x {item.size[1]} (take a smaller crop, or leave the picture out)"
-                )
-        self.items, self.crop, self.scale, self.channels = items, crop, scale, channels
+        small = {
+            i: f"{item.name}: a picture must hold a crop of {crop} pixels, whole at 1/{scale:g}: "
+            f"got {item.size[0]} x {item.size[1]}"
+            for i, item in enumerate(items)
+            if min(_whole(item.size, scale)) < crop
+        }
+        if len(small) == len(items):
+            raise DataError(f"{small[0]} (none of {len(items)} does: take a smaller crop)")
+        for i, problem in small.items():
+            _skip(items[i].name, problem)
+        self.items = [item for i, item in enumerate(items) if i not in small]
+        self.crop, self.scale, self.channels = crop, scale, channels
         self.augment, self.seed, self.memory = augment, seed, memory
         self._kept: OrderedDict[int, tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
         self._broken: set[int] = set()

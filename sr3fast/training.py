@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from . import image, metrics, noise, ops
 from .data import Order, Pictures, open_items
-from .sampler import Sampler
+from .sampler import Sampler, find_device
 from .schedule import Schedule
 from .unet import UNet
 from .weights import Model, Target, save
@@ -486,7 +486,8 @@ def train(
 
     Raises:
         DataError: data that cannot be trained on, before anything is built.
-        ValueError: a configuration that cannot be, or a checkpoint of another one.
+        ValueError: a configuration that cannot be, a device that is not there, or a checkpoint of another
+            configuration.
         FileExistsError, FileNotFoundError: `out` holds a run and resume is off; resume is on and it holds
         none. TrainingError: the loss is not finite, a checkpoint cannot be written, a rank died.
     """
@@ -705,10 +706,10 @@ def _pictures(config: TrainConfig, data: Path, augment: str) -> Pictures:
 def _device(name: str, local: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    if name != "cuda":
+        return find_device(name)
+    device = find_device(f"cuda:{local}")
+    torch.cuda.set_device(device)
     return device
 
 

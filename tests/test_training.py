@@ -20,7 +20,7 @@ from PIL import Image
 from scipy.stats import norm
 
 from sr3fast import noise, training, weights
-from sr3fast.data import DataError
+from sr3fast.data import DataError, Skipped
 from sr3fast.schedule import Schedule
 from sr3fast.training import TrainConfig, Trainer, TrainingError, train
 
@@ -164,6 +164,23 @@ def test_ten_photographs_and_the_loss_falls(photographs, tmp_path):
     assert np.mean([entry["loss"] for entry in log[-10:]]) < 0.8 * np.mean([entry["loss"] for entry in log[:3]])
     with Image.open(tmp_path / training.SHEET) as sheet:
         assert sheet.size == (3 * 40, 4 * 32)
+
+
+def test_pictures_smaller_than_the_crop_are_left_out_as_broken_ones_are(photographs, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in ("0.png", "1.png"):
+        (few / name).write_bytes((photographs / name).read_bytes())
+    Image.new("RGB", (40, 12)).save(few / "small.png")
+    (few / "broken.png").write_bytes(b"no picture")
+    with pytest.warns(Skipped) as record:
+        train(config(few, tmp_path / "run", iterations=2))
+    messages = [str(w.message) for w in record if w.category is Skipped]
+    assert len(messages) == 2 and messages[0].startswith(f"skipped {few / 'broken.png'}: ")
+    assert messages[1] == (
+        f"skipped {few / 'small.png'}: a picture must hold a crop of 16 pixels, whole at 1/4: got 12 x 40"
+    )
+    assert checkpoint(tmp_path / "run")["iteration"] == 2
 
 
 # Resumption
@@ -326,6 +343,8 @@ def test_refusals(photographs, tmp_path):
         config(photographs, tmp_path, accumulate=3)
     with pytest.raises(ValueError, match=r"multiple of 2\^\(levels - 1\) = 2: got 15"):
         config(photographs, tmp_path, crop=15)
+    with pytest.raises(ValueError, match="device cpux is not there"):
+        train(config(photographs, tmp_path / "none", device="cpux"))
     with pytest.raises(ValueError, match="capture needs a CUDA device"):
         Trainer(config(photographs, tmp_path, capture=True))
     assert not (tmp_path / "none").exists()
