@@ -273,6 +273,19 @@ def test_errors_name_the_op_and_its_numbers(functions):
         home.group_norm_silu_backward((*outs[:4], None), h, h, None, ones, ones, mean, mean, 1, None, True, None)
 
 
+def test_a_group_of_too_many_channels_is_refused(emulated):
+    h = random(1, 7992, 4, 4, dtype=BF16, layout=NHWC).requires_grad_()
+    weight, bias = torch.ones(7992), torch.zeros(7992)
+    with emulated(AMPERE):
+        ops.group_norm_silu(h, weight, bias, 3).sum().backward()  # slices of 2664 channels
+        assert h.grad.isfinite().all()
+        out = ops.group_norm_silu(h, weight, bias, 1)
+        with pytest.raises(
+            RuntimeError, match=r"_backward: what .* must fit in 166912 bytes .*: got 319792 bytes for 7992 channels"
+        ):
+            out.sum().backward()
+
+
 @pytest.mark.parametrize("device", [CLUSTERS, AMPERE_SMALL_L2])
 def test_what_every_home_must_pass(library, device):
     """The shared tests of the ops, as `pytest -p cuda_on_cpu.plugin` runs them."""

@@ -432,6 +432,7 @@ struct Plan {
     check_scratch(op, exec);
     a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(), bytes);
     const int64_t shared = lay_out(a, false);
+    check_shared(op, a.cut, shared, exec.device);
     each_chunk(batch, int64_t{a.sizes.channels} * a.sizes.pixels * sizeof(T), exec.device,
                [&](int64_t first, int64_t samples) {
                  a.first_sample = first;

@@ -583,6 +583,7 @@ struct Plan {
     } else {
       a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(), bytes);
       const int64_t shared = lay_out(a, false);
+      check_shared(op, a.cut, shared, exec.device);
       each_chunk(a.batch, a.sizes.channels * int64_t{a.sizes.pixels} * 2 * sizeof(T), exec.device,
                  [&](int64_t first, int64_t samples) {
                    a.first_sample = first;

@@ -5,6 +5,7 @@
 // the sizes alone decide, so results are deterministic.
 #pragma once
 
+#include <array>
 #include <initializer_list>
 #include <type_traits>
 
@@ -247,6 +248,11 @@ inline bool slice_fits(const Sizes& s, uint32_t slice, uint32_t run) {
   return slice == s.channels || (slice % s.width == 0 && slice % run == 0 && s.channels % slice == 0);
 }
 
+// Channels of whole 32-byte sectors of memory for each block, or at least of whole vectors.
+inline std::array<uint32_t, 2> runs(int vector, int element_bytes) {
+  return {static_cast<uint32_t>(vector > 1 ? 32 / element_bytes : 1), static_cast<uint32_t>(vector)};
+}
+
 // Slice and cluster where one kernel does the work: a slice of `total` pixels or vectors, bytes(slice) in
 // each, in the shared memory of a cluster's blocks. The smallest cluster and widest slice that fill the
 // device, or as many blocks as there can be. parts = 0 where a slice does not fit.
@@ -256,9 +262,7 @@ Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, ui
   const int64_t enough = 2 * attribute(cudaDevAttrMultiProcessorCount, device);
   Cut best{};
   int64_t best_blocks = 0;
-  // whole 32-byte sectors of memory for each block, or at least whole vectors
-  for (const uint32_t run :
-       {static_cast<uint32_t>(vector > 1 ? 32 / element_bytes : 1), static_cast<uint32_t>(vector)}) {
+  for (const uint32_t run : runs(vector, element_bytes)) {
     for (int64_t cluster = 1; cluster <= widest && best_blocks < enough; cluster *= 2) {
       for (uint32_t slices = 1; slices <= s.groups && best_blocks < enough; ++slices) {
         const uint32_t slice = s.channels / slices;
@@ -280,9 +284,9 @@ Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, ui
 template <bool nhwc, class Bytes>
 Cut chunk_cut(const Sizes& s, int vector, int element_bytes, uint32_t total, Bytes&& bytes) {
   uint32_t slice = nhwc ? s.channels : s.width;
-  const uint32_t run = vector > 1 ? 32 / element_bytes : 1;
-  for (uint32_t slices = 2; nhwc && slice > 64u * vector && slices <= s.groups; ++slices)
-    if (s.channels % slices == 0 && slice_fits(s, s.channels / slices, run)) slice = s.channels / slices;
+  for (const uint32_t run : runs(vector, element_bytes))
+    for (uint32_t slices = 2; nhwc && slice > 64u * vector && slices <= s.groups; ++slices)
+      if (s.channels % slices == 0 && slice_fits(s, s.channels / slices, run)) slice = s.channels / slices;
   const int64_t parts = ceil_divide(total * bytes(slice), kBlockBytes), most = most_parts(s.pixels);
   return cut_into(s.channels, slice, total, parts < most ? parts : most);
 }
@@ -299,6 +303,15 @@ void each_chunk(int64_t batch, int64_t sample_bytes, int device, F&& f) {
 inline void check_scratch(const char* op, const Exec& exec) {
   if (!exec.scratch)
     throw std::runtime_error(std::string(op) + ": Exec::scratch must point to scratch_bytes()");
+}
+
+// A block has some numbers of every channel of its slice, at least of a group.
+inline void check_shared(const char* op, const Cut& cut, int64_t bytes, int device) {
+  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (bytes > most)
+    throw std::runtime_error(std::string(op) + ": what a block keeps of its groups' channels must fit in " +
+                             std::to_string(most) + " bytes of shared memory: got " + std::to_string(bytes) +
+                             " bytes for " + std::to_string(cut.slice) + " channels");
 }
 
 // Floats of scratch memory for a channel of a sample: the backward's three sums for each part, and two in
