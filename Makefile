@@ -7,9 +7,9 @@ OUT ?= benchmarks/results
 # -P: kernels/ at the top must not shadow other packages' `kernels`
 GPU_PYTHON ?= python3
 RUN := $(BIN)/python -P
-GPU_RUN := $(GPU_PYTHON) -P
+IN_TIME := timeout -s INT -k 20 450
 
-.PHONY: demo test lint format bench figures gpu gpu-build gpu-check gpu-bench gpu-compile clean
+.PHONY: demo test lint format bench figures gpu gpu-check gpu-bench gpu-compile clean
 
 demo: $(VENV)/.installed-cli
 	$(RUN) examples/demo.py
@@ -50,18 +50,20 @@ $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 # ---- with a GPU: the machine's own python3, torch and compilers; each under 9 minutes
 gpu: gpu-check gpu-bench gpu-compile
 
-gpu-build:
+build/.gpu-installed: $(SOURCES)
 	SR3FAST_BUILD_CUDA=1 SR3FAST_CUDA_ARCHITECTURES=native \
 	  $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	mkdir -p build && touch $@
 
-gpu-check: gpu-build
-	$(GPU_RUN) benchmarks/gpu_check.py --out $(OUT)
+gpu-check: build/.gpu-installed
+	$(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
-gpu-bench: gpu-build
-	OUT=$(OUT) SR3FAST_BENCH_COMPILE=0 timeout 530 $(GPU_RUN) -m pytest benchmarks --benchmark-only
+# an interrupt, so that pytest prints what it has; each record is in its file as soon as it is measured
+gpu-bench: build/.gpu-installed
+	OUT=$(OUT) SR3FAST_BENCH_COMPILE=0 $(IN_TIME) $(GPU_PYTHON) -P -m pytest benchmarks --benchmark-only
 
-gpu-compile: gpu-build
-	OUT=$(OUT) SR3FAST_BENCH_COMPILE=1 timeout 530 $(GPU_RUN) -m pytest benchmarks --benchmark-only -k "compile"
+gpu-compile: build/.gpu-installed
+	OUT=$(OUT) SR3FAST_BENCH_COMPILE=1 $(IN_TIME) $(GPU_PYTHON) -P -m pytest benchmarks --benchmark-only -k torch_compile
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sr3fast/_C*.so

@@ -26,14 +26,17 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 L2_BYTES = 128 << 20  # more than twice the L2 of an H200
 
 
-def compile_wanted() -> bool:
-    """torch.compile is measured where a compiler is, unless SR3FAST_BENCH_COMPILE says otherwise."""
-    compiler = DEVICE.type == "cuda" or shutil.which("c++") or shutil.which("g++")
+def compile_wanted(network: bool = False) -> bool:
+    """torch.compile is measured where a compiler is, unless SR3FAST_BENCH_COMPILE says otherwise; on a CPU, where it
+    takes minutes to make a network slower, a whole network's only where that asks for it."""
+    compiler = DEVICE.type == "cuda" or (not network and (shutil.which("c++") or shutil.which("g++")))
     return os.environ.get("SR3FAST_BENCH_COMPILE", "1" if compiler else "0") == "1"
 
 
 class Timer:
-    """Milliseconds of one call."""
+    """Milliseconds of one call: on a GPU of its kernels, which wait until the host has queued them all."""
+
+    AHEAD = 1_000_000  # cycles, half a millisecond, that the GPU idles while the host queues a call
 
     def __init__(self, device: torch.device = DEVICE):
         self.cuda = device.type == "cuda"
@@ -41,6 +44,7 @@ class Timer:
     def __call__(self, f: Callable[[], Any]) -> float:
         if self.cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(self.AHEAD)
             start.record()
             f()
             end.record()
@@ -106,33 +110,33 @@ def assert_as_exact(name: str, actual: torch.Tensor, plain: torch.Tensor, exact:
 
 
 class Results:
-    """What was measured: a list of records for each file `OUT/<name>.json`, and lines to print."""
+    """What was measured: a list of records for each file `<folder>/<name>.json`, written anew with each record, so that
+    a run that is cut short leaves what it had."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.files: dict[str, list[dict[str, Any]]] = {}
+        self.environment = environment()
 
-    def add(self, file: str, **record: Any) -> None:
-        self.files.setdefault(file, []).append(record)
+    def add(self, name: str, **record: Any) -> None:
+        records = self.files.setdefault(name, [])
+        records.append(record)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".tmp", delete=False) as file:
+            file.write(json.dumps({"environment": self.environment, "results": records}, indent=1) + "\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self.path(name))
 
-    def write(self, folder: Path) -> list[Path]:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, records in self.files.items():
-            text = json.dumps({"environment": environment(), "results": records}, indent=1) + "\n"
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-                file.write(text)
-            paths.append(folder / f"{name}.json")
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, paths[-1])
-        return paths
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
 
-RESULTS = Results()
+RESULTS = Results(Path(os.environ.get("OUT", "benchmarks/results")))
 
 
 @pytest.fixture(scope="session")
 def results() -> Results:
-    """Add records here; they are printed and written at the end."""
+    """Add records here; they are written, and printed at the end."""
     return RESULTS
 
 
@@ -144,5 +148,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for name, records in RESULTS.files.items():
         terminalreporter.section(name)
         terminalreporter.write_line(text_table(records))
-    for path in RESULTS.write(Path(os.environ.get("OUT", "benchmarks/results"))):
-        terminalreporter.write_line(f"wrote {path}")
+        terminalreporter.write_line(f"written to {RESULTS.path(name)}")

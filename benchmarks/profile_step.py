@@ -5,14 +5,12 @@ python benchmarks/profile_step.py            writes OUT/profile-<device>.json (b
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from itertools import islice
-from pathlib import Path
 
 import torch
-from conftest import Results
+from conftest import RESULTS
 from sampling import network, ours
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -20,7 +18,7 @@ from sr3fast import ops
 
 STEPS = 10
 KINDS = {  # the first pattern that a kernel's name meets
-    "norms": r"group_norm_silu|norm_",
+    "norms": r"group_norm_silu|norm_|one_kernel|moments_kernel|apply_kernel",
     "refinement step": r"sr3fast::(solver_step|refine)|step_kernel",
     "attention": r"scaled_dot_product|attention|flash|bmm|softmax",
     "convolutions": r"conv|mkldnn|onednn|cudnn|xmma|cutlass|gemm|nvjet|linear|addmm|::mm",
@@ -48,7 +46,6 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     unet, x = network(device), torch.rand(1, 3, 128, 128, device=device) * 2 - 1
-    results = Results()
     for dtype in (torch.float32, torch.bfloat16):
         steps = ours(unet, x, dtype)
         for _ in islice(steps, 3):
@@ -63,9 +60,8 @@ def main() -> None:
         whole = sum(ms.values())
         for name, t in sorted(ms.items(), key=lambda item: -item[1]):
             share = {"kernels": name, "ms_a_step": t, "% of the step": 100 * t / whole}
-            results.add(f"profile-{device}", dtype=str(dtype).removeprefix("torch."), **share)
+            RESULTS.add(f"profile-{device}", dtype=str(dtype).removeprefix("torch."), **share)
             print(f"{dtype}  {name:20}{t:8.2f} ms {100 * t / whole:6.1f} %")
-    results.write(Path(os.environ.get("OUT", "benchmarks/results")))
 
 
 if __name__ == "__main__":

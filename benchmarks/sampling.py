@@ -6,7 +6,6 @@ Each function below is a generator that does one step of a sampling run for each
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import sys
 import time
@@ -128,28 +127,22 @@ def diffusers(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
             yield y
 
 
+def low_precision(unet: UNet) -> Plain:
+    """A copy with bfloat16 weights, channels_last."""
+    low = Plain(UNet(**unet.config).to(next(unet.parameters()).device).eval())
+    low.unet.load_state_dict(unet.state_dict())
+    return low.to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
 def variants(unet: UNet, x: Tensor) -> dict[str, Callable[[], Iterator[Tensor]]]:
     """Name -> the runs to time, the baseline first."""
-    plain = Plain(unet)
-    low = Plain(UNet(**unet.config).to(x.device).eval())
-    low.load_state_dict(plain.state_dict())
-    low = low.to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plain, low = Plain(unet), low_precision(unet)
     found: dict[str, Callable[[], Iterator[Tensor]]] = {
         "eager float32": lambda: textbook(plain, x),
         "eager bfloat16, channels_last": lambda: textbook(in_bfloat16(low), x),
         "sr3fast float32": lambda: ours(unet, x, torch.float32),
         "sr3fast bfloat16": lambda: ours(unet, x, torch.bfloat16),
     }
-    # minutes to compile, so for one shape; on a CPU it is slower than eager, so only where asked for
-    if (
-        x.shape[0] == (8 if x.is_cuda else 1)
-        and os.environ.get("SR3FAST_BENCH_COMPILE", "1" if x.is_cuda else "0") == "1"
-    ):
-        for mode in ("default", "max-autotune") if x.is_cuda else ("default",):
-            found[f"torch.compile {mode}, bfloat16"] = lambda mode=mode: textbook(  # type: ignore[misc]
-                in_bfloat16(torch.compile(low, mode=mode)),  # type: ignore[arg-type]
-                x,
-            )
     try:
         import diffusers as _  # noqa: F401
     except ImportError:
@@ -203,30 +196,33 @@ def _resident(field: str) -> int:
 
 @torch.no_grad()
 def check_agreement(unet: UNet, x: Tensor) -> dict[str, float]:
-    """Relative RMS errors against the plain float32 network; AssertionError where ours disagree."""
-    plain = Plain(unet)
+    """Relative RMS errors against the plain float64 network; AssertionError where ours are not as exact as plain
+    PyTorch's in float32 and in bfloat16 autocast."""
+    plain, exact = Plain(unet), Plain(UNet(**unet.config).to(x.device, torch.float64).eval())
+    exact.unet.load_state_dict(unet.state_dict())
     y = torch.randn(len(x), 3, *x.shape[2:], device=x.device, generator=torch.Generator(x.device).manual_seed(1))
     level = torch.full((1,), 0.6, device=x.device)
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        expected = plain(x, y, level.expand(len(x), 1))
+        inputs = (x, y, level.expand(len(x), 1))
+        expected = exact(*(t.double() for t in inputs))
+        errors = {"plain": _error(plain(*inputs), expected)}
         with torch.autocast(x.device.type, torch.bfloat16):
-            autocast = plain(x, y, level.expand(len(x), 1))
-        errors = {"autocast": _error(autocast, expected)}
+            errors["autocast"] = _error(plain(*inputs), expected)
         for dtype in (torch.float32, torch.bfloat16):
             run = Engine(unet, dtype).start(x, y.shape, level)
             run.into.copy_(y)
             errors[str(dtype).removeprefix("torch.")] = _error(run(0), expected)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
-    assert errors["float32"] < 1e-5, errors
+    assert errors["float32"] < 2 * errors["plain"], errors
     assert errors["bfloat16"] < 1.5 * errors["autocast"], errors
     return errors
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    return float((actual.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def network(device: str) -> UNet:

@@ -12,9 +12,20 @@ import statistics
 
 import pytest
 import torch
-from conftest import CLOCK
+from conftest import CLOCK, compile_wanted
 from environment import environment
-from sampling import check_agreement, interleaved, network, peak_memory, variants
+from sampling import (
+    Plain,
+    check_agreement,
+    in_bfloat16,
+    interleaved,
+    low_precision,
+    network,
+    ours,
+    peak_memory,
+    textbook,
+    variants,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -22,8 +33,6 @@ SHAPES = [(1, 128), (8, 128), (64, 128), (1, 512)] if CUDA else [(1, 128)]
 NAMES = [
     "eager float32",
     "eager bfloat16, channels_last",
-    "torch.compile default, bfloat16",
-    "torch.compile max-autotune, bfloat16",
     "diffusers float32",
     "diffusers bfloat16",
     "sr3fast float32",
@@ -59,7 +68,7 @@ def measured(request):
 @pytest.mark.parametrize("name", NAMES)
 def test_sampling(benchmark, measured, results, name):
     if name not in measured.times:
-        pytest.skip("not installed, or left out by SR3FAST_BENCH_COMPILE (on a CPU, 1 asks for it)")
+        pytest.skip("diffusers is not installed")
     seconds, eager = measured.seconds[name], measured.seconds["eager float32"]
     benchmark.group = f"a sampling step, batch {measured.batch}, {measured.size} x {measured.size}"
     benchmark.extra_info.update(
@@ -74,7 +83,7 @@ def test_sampling(benchmark, measured, results, name):
         relative_error=measured.errors.get(name.removeprefix("sr3fast ")) if "sr3fast" in name else None,
     )
     results.add(
-        f"sampling-compile-{DEVICE}" if "compile" in name else f"sampling-{DEVICE}",
+        f"sampling-{DEVICE}",
         implementation=name,
         batch=measured.batch,
         size=measured.size,
@@ -84,3 +93,32 @@ def test_sampling(benchmark, measured, results, name):
         **({"peak_GB": memory / 1e9} if (memory := measured.memory[name]) is not None else {}),
     )
     CLOCK.show(benchmark, measured.times[name])
+
+
+@pytest.mark.skipif(not compile_wanted(network=True), reason="SR3FAST_BENCH_COMPILE (on a CPU, 1 asks for it)")
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("mode", ("default", "max-autotune") if CUDA else ("default",))
+def test_sampling_against_torch_compile(benchmark, results, mode):
+    """The network compiled, bfloat16 and channels_last; each mode in a run of its own: they take minutes to compile."""
+    batch, size = 8 if CUDA else 1, 128
+    unet, x = network(DEVICE), torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1
+    check_agreement(unet, x[:1])
+    torch._dynamo.reset()
+    compiled = torch.compile(low_precision(unet), mode=mode, fullgraph=True)
+    name = f"torch.compile {mode}, bfloat16"
+    runs = {
+        "eager float32": textbook(Plain(unet), x),
+        name: textbook(in_bfloat16(compiled), x),
+        "sr3fast bfloat16": ours(unet, x, torch.bfloat16),
+    }
+    times = interleaved(runs, rounds=9, steps=10 if CUDA else 1)
+    ms = {k: 1e3 * statistics.median(t) for k, t in times.items()}
+    record = {
+        **{"implementation": name, "batch": batch, "size": size, "ms_a_step": ms[name]},
+        "times_faster": ms["eager float32"] / ms[name],
+        "sr3fast_ms_a_step": ms["sr3fast bfloat16"],
+        "x torch.compile": ms[name] / ms["sr3fast bfloat16"],
+    }
+    benchmark.extra_info.update(record, environment=environment())
+    results.add(f"sampling-compile-{DEVICE}", **record)
+    CLOCK.show(benchmark, times[name])
