@@ -25,7 +25,7 @@ from .unet import UNet
 if TYPE_CHECKING:
     from .weights import Target
 
-__all__ = ["Network", "Run", "Sampler", "Samples", "find_device", "network"]
+__all__ = ["Network", "Run", "Sampler", "Samples", "draw_seed", "find_device", "network"]
 
 log = logging.getLogger(__name__)
 
@@ -369,8 +369,7 @@ class Sampler:
         if consistency:
             self._check_consistency(x, shape)
         if seed is None:
-            seed = secrets.randbits(53)  # exact in JSON
-            log.info("seed=None drew the seed %d", seed)
+            seed = draw_seed()
         seeds = noise.seeds(seed, shape[0], device)
         table = self.table if start is None else rows(self.schedule, **self._options, start=start)
         y = self._first(x, shape, seeds, y_T, start, table)
@@ -592,6 +591,13 @@ def _evaluation(f_theta: Any) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- arguments
+
+
+def draw_seed() -> int:
+    """A seed for seed=None; the log tells it."""
+    seed = secrets.randbits(53)  # exact in JSON
+    log.info("seed=None drew the seed %d", seed)
+    return seed
 
 
 def _check_x(x: Tensor) -> None:

@@ -6,21 +6,26 @@ picture -> Photo -> x, padded -> Sampler over Tiled(f_theta) -> y_0, cut -> Phot
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from . import image, weights
-from .sampler import Run, Sampler, network
+from .sampler import Run, Sampler, draw_seed, find_device, network
 from .weights import Model, Target
 
-__all__ = ["Spread", "Tiled", "Trace", "Upscaler", "upscale"]
+__all__ = ["Picture", "Spread", "Tiled", "Trace", "Upscaler", "upscale"]
 
+Picture = Image.Image | np.ndarray | str | os.PathLike | IO[bytes]
+"""What is taken for a picture; see `upscale`."""
 TILE = 512
 """Side of a window, at most, where `tile` is not given."""
 UNTILED = 2**20
@@ -37,12 +42,12 @@ class Spread(NamedTuple):
 
 
 def upscale(
-    picture: Image.Image | str | Path,
+    picture: Picture,
     model: Model | str | Path = "photo-x4",
     *,
     scale: float | None = None,
     steps: int | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     tile: int | None = None,
     solver: str | None = None,
     grid: str | Sequence[float] | None = None,
@@ -56,11 +61,14 @@ def upscale(
     """The picture `scale` times larger, in its mode (palettes become RGB), with its alpha and ICC profile.
 
     Args:
-        picture: Pillow's image of at least 2 x 2, or a file's path (its EXIF orientation is honoured).
-        model: the name of weights that ship, a folder of weights.save, or a Model.
+        picture: Pillow's image of at least 2 x 2; a file's path, or a file opened in binary (its EXIF
+            orientation is honoured); a uint8 array [H, W], [H, W, 3] or [H, W, 4].
+        model: the name of weights that ship, a folder of weights.save, or a weights.Model. For a checkpoint
+            of Janspiry's code: Model(*compat.janspiry.load("I1_E1_gen.pth"), scale=4).
         scale: the weights' own by default; one that they do not support is refused.
         steps, solver, grid: see Sampler; by default what the weights' card says, else 25 steps.
-        seed: the same seed gives the same noise on every device, tiled or not.
+        seed: the same seed gives the same noise on every device, tiled or not. None draws one, which the log
+            tells (level INFO).
         tile: the largest side of a window, 0 for the whole picture at once; by default windows of at most 512
             where the result has more than 2^20 pixels.
         dtype: of the network's arithmetic, float32 by default.
@@ -71,7 +79,10 @@ def upscale(
         progress: show a bar over the steps.
 
     Raises:
-        ImageError, ValueError: before any step, a message of one line.
+        FileNotFoundError: no such picture or weights.
+        ImageError: a picture that cannot be used; and after the steps, a result that is not finite.
+        ValueError, TypeError: an option out of its range, a device that is not there, an object that is no
+            picture, model or seed. Each message is one line.
 
     Use an `Upscaler` for many pictures: it reads the weights once.
     """
@@ -87,6 +98,7 @@ class Upscaler:
         scale: enlargement.
         channels: of the network, 1 or 3.
         model, sampler: what it runs.
+        last_seed: the (first) seed of the last call, the drawn one where it was None.
     """
 
     def __init__(
@@ -103,10 +115,10 @@ class Upscaler:
         consistency: bool | None = None,
     ):
         if not isinstance(model, Model):
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model = weights.load(model)
+            device = find_device(device)
+            model = _load(model)
         if device is not None:
-            model.unet.to(device)
+            model.unet.to(find_device(device))
         unet, card = model.unet, model.card
         self.model = model
         self.scale = _scale(model, scale)
@@ -119,6 +131,7 @@ class Upscaler:
         self.consistency = card.get("consistency", False) if consistency is None else consistency
         if solver is None and grid is None:  # the card's solver and grid belong together
             solver, grid = card.get("solver"), card.get("grid")
+        self.last_seed: int | None = None
         self.tiled = Tiled(unet, tile, dtype=dtype)
         self.sampler = Sampler(
             self.tiled,
@@ -137,8 +150,8 @@ class Upscaler:
 
     def __call__(
         self,
-        picture: Image.Image | str | Path,
-        seed: int = 0,
+        picture: Picture,
+        seed: int | None = 0,
         *,
         samples: int | None = None,
         trace: Trace | None = None,
@@ -147,9 +160,12 @@ class Upscaler:
         """See `upscale`."""
         if samples is not None and samples < 2:
             raise ValueError(f"samples must be at least 2, to have a deviation: got {samples}")
-        if isinstance(picture, str | Path):
-            picture = image.read(picture)
-        source = image.Photo.of(picture)
+        if seed is None:
+            seed = draw_seed()
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise TypeError(f"seed must be a whole number, or None to draw one (samples= draws several): got {seed!r}")
+        self.last_seed = seed
+        source = image.Photo.of(_open(picture))
         width, height = self.check(source.size)
         large = source.resized((width, height))
         small = source.tensor(self.channels)[None].to(self.device)
@@ -163,8 +179,11 @@ class Upscaler:
                 callback = trace.start(large, padded, self.model.target, len(self.sampler.table))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "x looks like")  # a bright picture has no negative values
+                warnings.filterwarnings("ignore", "y_0 is not finite")  # refused below
                 y_0 = self.sampler(padded, seed + i, callback=callback, progress=progress)
             assert isinstance(y_0, Tensor)  # not Samples: samples= was not given
+            if not y_0.isfinite().all():
+                raise image.ImageError("the result is not finite: damaged weights, or a dtype of too small a range")
             y_0 = y_0[..., :height, :width]
             if self.consistency:
                 y_0 = y_0 + image.resize(small - image.resize(y_0, (small.shape[2], small.shape[3])), (height, width))
@@ -181,6 +200,42 @@ class Upscaler:
         large = (round(size[0] * self.scale), round(size[1] * self.scale))
         image.check_size(large, f"the result, {self.scale:g} times {size[0]} x {size[1]}")
         return large
+
+
+def _open(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, str | os.PathLike):
+        return image.read(os.fspath(picture))
+    if isinstance(picture, np.ndarray):
+        if picture.dtype == np.uint8 and (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))):
+            return Image.fromarray(picture)
+        got = f"{picture.dtype} {list(picture.shape)}"
+    elif hasattr(picture, "read"):
+        try:
+            return ImageOps.exif_transpose(Image.open(picture))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise image.ImageError(f"not an image that Pillow can read: {error}") from error
+    else:
+        got = type(picture).__name__
+    raise TypeError(
+        "a picture is Pillow's image, a path, a file opened in binary, or a uint8 array [H, W], [H, W, 3] or "
+        f"[H, W, 4] (Sampler takes tensors): got {got}"
+    )
+
+
+def _load(model: str | os.PathLike) -> Model:
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(
+            "model must be the name of weights that ship, a folder's path, or a weights.Model (of a UNet: "
+            f"Model(unet, schedule, scale=4)): got {type(model).__name__}"
+        )
+    if Path(model).is_file():
+        raise ValueError(
+            f"weights are a folder, {model} is a file: give a checkpoint of Janspiry's code as "
+            f"weights.Model(*compat.janspiry.load({str(model)!r}), scale=4)"
+        )
+    return weights.load(os.fspath(model))
 
 
 def _scale(model: Model, scale: float | None) -> float:

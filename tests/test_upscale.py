@@ -1,5 +1,7 @@
 """Pictures of any size and mode through the network, whole and in windows."""
 
+import io
+import logging
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -221,6 +223,73 @@ def test_exif_orientation_of_a_file(tmp_path):
     exif[0x0112] = 6
     blobs(12, 8).save(tmp_path / "turned.png", exif=exif)
     assert upscale(tmp_path / "turned.png", model()).size == (32, 48)
+
+
+def test_a_picture_in_memory():
+    """Arrays and open files give what Pillow's image gives; whatever else is refused by name."""
+    picture, m = blobs(9, 7), model()
+    expected = array(upscale(picture, m))
+    assert np.array_equal(array(upscale(np.asarray(picture), m)), expected)
+    gray, clear = picture.convert("L"), picture.copy()
+    clear.putalpha(gray)
+    assert upscale(np.asarray(gray), m).mode == "L" and upscale(np.asarray(clear), m).mode == "RGBA"
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(file, "png", exif=exif)
+    file.seek(0)
+    turned = picture.transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(array(upscale(file, m)), array(upscale(turned, m)))
+    for broken in (b"no picture", file.getvalue()[:200]):
+        with pytest.raises(image.ImageError, match="not an image that Pillow can read"):
+            upscale(io.BytesIO(broken), m)
+    for other, got in (
+        (np.zeros((8, 8, 3), np.float32), r"float32 \[8, 8, 3\]"),
+        (np.zeros((3, 8, 8), np.uint8), r"uint8 \[3, 8, 8\]"),
+        (torch.zeros(3, 8, 8), "Tensor"),
+        ([picture], "list"),
+        (None, "NoneType"),
+    ):
+        with pytest.raises(TypeError, match=r"a picture is Pillow's image, a path, .* got " + got):
+            upscale(other, m)
+    with pytest.raises(FileNotFoundError):
+        upscale("missing.png", m)
+
+
+def test_a_seed_of_none_is_drawn_and_reported(caplog):
+    upscaler, picture = Upscaler(model()), blobs(8, 8)
+    with caplog.at_level(logging.INFO, "sr3fast"):
+        spread = upscaler(picture, None, samples=2)
+    seed = upscaler.last_seed
+    assert caplog.text.count(f"seed=None drew the seed {seed}") == 1
+    assert [array(p).tolist() for p in spread.pictures] == [array(upscaler(picture, seed + i)).tolist() for i in (0, 1)]
+    for other in ([1, 2], 1.5, "7", True):
+        with pytest.raises(TypeError, match=r"seed must be a whole number, or None .*\(samples= draws several\): got"):
+            upscaler(picture, other)
+
+
+def test_what_is_no_model(tmp_path):
+    picture = blobs(8, 8)
+    for other, got in ((unet(), "UNet"), (42, "int"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"name of weights that ship, .*weights\.Model.*: got {got}"):
+            upscale(picture, other)
+    (tmp_path / "I1_gen.pth").touch()
+    with pytest.raises(ValueError, match=r"I1_gen.pth is a file: .* weights.Model\(\*compat.janspiry.load\('.*pth'\)"):
+        upscale(picture, tmp_path / "I1_gen.pth")
+    with pytest.raises(FileNotFoundError, match="no weights at 'nowhere'"):
+        upscale(picture, "nowhere")
+    for device in ("cuda:77", "cpux"):
+        with pytest.raises(ValueError, match=f"device {device} is not there"):
+            upscale(picture, model(), device=device)
+
+
+def test_a_result_that_is_not_finite_is_no_picture(recwarn):
+    m = model()
+    with torch.no_grad():
+        m.unet.conv_out.bias[1] = math.nan
+    with pytest.raises(image.ImageError, match="the result is not finite"):
+        upscale(blobs(8, 8), m)
+    assert not recwarn.list
 
 
 def test_consistency_adds_what_the_source_lacks():
