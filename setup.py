@@ -6,5 +6,5 @@ setup(
     cmake_source_dir=".",
     packages=["sr3fast", "sr3fast.compat", "sr3fast.kernels"],
     package_dir={"sr3fast": "sr3fast", "sr3fast.kernels": "kernels"},
-    package_data={"sr3fast": ["py.typed", "models/*/*", "images/*"]},
+    package_data={"sr3fast": ["py.typed", "models/*/*"]},
 )
