@@ -10,6 +10,71 @@ namespace {
 
 constexpr int kInFlight = 8;  // 16-byte loads of a thread, moments in channels_last
 
+// channels_last: how many of a thread's V channels, of its warp's columns and of their rows lie in one group,
+// so that they are merged in registers; and where the moments that remain stand in shared memory: [row,
+// item], `each` items of a row in a group.
+struct Fold {
+  uint32_t log_channels = 0, log_columns = 0, log_rows = 0;
+  uint32_t lanes = 0;                // the bits in which merged lanes differ
+  uint32_t in_row = 0, plane = 0;    // vectors of a row; places from an item of a vector to the next
+  uint32_t log_items = 0, each = 0;  // items of a vector, of a row in a group
+  Divide by_each;
+
+  Fold() = default;
+  Fold(uint32_t slice, uint32_t width, uint32_t vector, uint32_t rows_of_block) {
+    const uint32_t count = slice / vector;
+    while (vector >> log_channels > 1 && width % (2u << log_channels) == 0) ++log_channels;
+    if (vector >> log_channels > 1 && width >> log_channels > 1)
+      log_channels = 0;  // a vector of parts of groups
+    while (vector >> log_channels == 1 && log_columns < 5 && width / vector % (2u << log_columns) == 0)
+      ++log_columns;
+    while (count << log_rows < 32) ++log_rows;
+    if (count << log_rows != 32) log_rows = 0;
+    lanes = ((1u << log_columns) - 1) | (32 - (32 >> log_rows));
+    in_row = count >> log_columns;
+    plane = (rows_of_block >> log_rows) * in_row + 1;  // one more, to keep the readers of a group apart
+    while (vector >> log_channels >> log_items > 1) ++log_items;
+    each = width >> log_channels >> log_columns;
+    by_each = Divide(each);
+  }
+  int64_t places() const { return int64_t{plane} << log_items; }
+  __device__ __forceinline__ uint32_t place(uint32_t row, uint32_t item) const {
+    return (item & ((1u << log_items) - 1)) * plane + row * in_row + (item >> log_items);
+  }
+
+  // Sum over the merged lanes.
+  __device__ __forceinline__ float sum(float x) const {
+#pragma unroll
+    for (uint32_t mask = 1; mask < 32; mask *= 2)
+      if (lanes & mask) x += __shfl_xor_sync(0xffffffffu, x, static_cast<int>(mask));
+    return x;
+  }
+  // Moments of the first channel of each item become the item's, in all merged lanes.
+  template <int V>
+  __device__ __forceinline__ void merge(Running<V>& of) const {
+#pragma unroll
+    for (int step = 1; step < V; step *= 2) {
+      if (step >> log_channels) continue;
+#pragma unroll
+      for (int v = 0; v < V; v += 2 * step) {
+        const float half = 0.5f * (of.mean[v + step] - of.mean[v]);
+        of.mean[v] += half;
+        of.m2[v] += of.m2[v + step] + 2.0f * of.count * (half * half);
+      }
+      of.count *= 2.0f;
+    }
+    if (lanes == 0) return;
+    const float total = sum(of.count), share = of.count / total;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (v & ((1 << log_channels) - 1)) continue;
+      const float mean = sum(share * of.mean[v]), delta = of.mean[v] - mean;
+      of.m2[v] = sum(of.m2[v] + of.count * (delta * delta));
+      of.mean[v] = mean;
+    }
+  }
+};
+
 struct Arguments {
   const void *h, *h2, *residual;
   void *out, *s;
@@ -20,6 +85,7 @@ struct Arguments {
   bool silu;
   Sizes sizes;
   Cut cut;
+  Fold fold;
   int64_t first_sample;
   // shared memory
   uint32_t data, partial, parameters, received, stat;
@@ -83,8 +149,12 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
   const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
   float2* partial = shared_at<float2>(a.partial);
   const Columns<V> columns(a.cut.slice);
+  const Fold& fold = a.fold;
+  const Parameters parameters(a);
 
-  for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
+  for (uint32_t first = 0; first < columns.count; first += columns.step) {
+    const bool idle = first + columns.column >= columns.count;
+    const uint32_t column = idle ? columns.count - 1 : first + columns.column, end = idle ? 0 : length;
     const uint32_t c = block.slice * a.cut.slice + column * V;
     uint32_t stride;
     const T* h = pair.nhwc(a.sizes, block.b, begin, c, stride);
@@ -96,7 +166,7 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
       for (int v = 0; v < V; ++v) shift[v] = read(a.shift, block.b * a.sizes.channels + c + v);
     }
     Running<V> running;
-    for (uint32_t p = columns.row; p < length; p += kInFlight * columns.rows) {
+    for (uint32_t p = columns.row; p < end; p += kInFlight * columns.rows) {
       Elements x[kInFlight] = {};
       const int n =
           static_cast<int>(min(static_cast<uint32_t>(kInFlight), (length - p - 1) / columns.rows + 1));
@@ -120,28 +190,38 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
       }
       running.template add<kInFlight>(n, [&](int k, int v) { return x[k].at(v); });
     }
+    if (first == 0) parameters.load(a, block);
+    __syncthreads();
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      partial[columns.place(columns.row, column * V + v)] = make_float2(running.mean[v], running.m2[v]);
+      running.mean[v] += parameters.shift[column * V + v];  // it only moves the mean
+    fold.merge(running);
+    if (idle || threadIdx.x & fold.lanes) continue;
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if ((v & ((1 << fold.log_channels) - 1)) == 0)
+        partial[(v >> fold.log_channels) * fold.plane + (columns.row >> fold.log_rows) * fold.in_row +
+                (column >> fold.log_columns)] = make_float2(running.mean[v], running.m2[v]);
   }
-  const Parameters parameters(a);
-  parameters.load(a, block);
   __syncthreads();
   if (one) cluster_wait();
 
-  const uint32_t groups = a.cut.slice / a.sizes.width, rows = min(columns.rows, length);
+  const uint32_t groups = a.cut.slice / a.sizes.width, folded = 1u << fold.log_rows;
+  const uint32_t rows = (min(columns.rows, length) + folded - 1) >> fold.log_rows;
+  const uint32_t full = length / columns.rows, extra = length - full * columns.rows;  // pixels of a row
   const int lanes = team_for(groups), teams = kThreads / lanes, team = threadIdx.x / lanes;
   for (uint32_t round = 0; round < groups; round += teams) {
     const uint32_t group = min(round + team, groups - 1);  // a team with none repeats the last
-    const float2 moments = merge(rows * a.sizes.width, static_cast<float>(length) * a.sizes.width, lanes,
-                                 [&](uint32_t i, float& n, float& mean, float& m2) {
-                                   const uint32_t row = a.sizes.by_width.quotient(i),
-                                                  c = group * a.sizes.width + i - row * a.sizes.width;
-                                   const float2 of = partial[columns.place(row, c)];
-                                   n = static_cast<float>((length - row - 1) / columns.rows + 1);
-                                   mean = of.x + parameters.shift[c];  // a shift only moves the mean
-                                   m2 = of.y;
-                                 });
+    const float2 moments =
+        merge(rows * fold.each, static_cast<float>(length) * a.sizes.width, lanes,
+              [&](uint32_t i, float& n, float& mean, float& m2) {
+                const uint32_t row = fold.by_each.quotient(i), first = row << fold.log_rows;
+                const float2 of = partial[fold.place(row, group * fold.each + i - row * fold.each)];
+                const uint32_t longer = extra > first ? min(extra - first, folded) : 0;
+                n = static_cast<float>((folded * full + longer) << (fold.log_channels + fold.log_columns));
+                mean = of.x;
+                m2 = of.y;
+              });
     f(group, threadIdx.x % lanes, lanes, moments);
   }
 }
@@ -407,8 +487,8 @@ struct Plan {
     Layout layout;
     const uint32_t slice = a.cut.slice, groups = slice / a.sizes.width;
     if (one) a.data = layout.add(a.cut.size * Plan{a.sizes}.bytes(slice));
-    a.partial =
-        layout.add(nhwc ? int64_t{Columns<V>::places(slice)} * sizeof(float2) : 2 * kWarps * sizeof(float));
+    if (nhwc) a.fold = Fold(slice, a.sizes.width, V, Columns<V>::rows_of(slice));
+    a.partial = layout.add(nhwc ? a.fold.places() * sizeof(float2) : 2 * kWarps * sizeof(float));
     a.parameters = layout.add(int64_t{3} * slice * sizeof(float));
     if (one) a.received = layout.add(int64_t{a.cut.parts} * groups * sizeof(float2));
     a.stat = layout.add(groups * sizeof(float2));
@@ -467,6 +547,7 @@ void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm&
                 static_cast<float>(norm.eps),
                 norm.silu,
                 Sizes(norm, vectors ? V : 1),
+                {},
                 {},
                 0,
                 0,
