@@ -12,13 +12,15 @@ _PUBLIC = {
     "Sampler": "sampler",
     "Schedule": "schedule",
     "UNet": "unet",
+    "evaluate": "evaluation",
     "load": "weights",
     "upscale": "upscaling",
 }
-__all__ = ["Sampler", "Schedule", "UNet", "load", "ops", "upscale"]
+__all__ = ["Sampler", "Schedule", "UNet", "evaluate", "load", "ops", "upscale"]
 
 if TYPE_CHECKING:
     from . import ops
+    from .evaluation import evaluate
     from .sampler import Sampler
     from .schedule import Schedule
     from .unet import UNet

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    import torch
-
-    from .image import Photo
     from .upscaling import Upscaler
     from .weights import Model
 
 BAD_INPUT = 2  # exit code, the same as for options that do not parse
-BICUBIC, OURS = "bicubic", "result"
 
 
 @dataclass(kw_only=True)
@@ -53,6 +51,7 @@ class Weights:
     def open(self) -> Upscaler:
         import torch
 
+        from .sampler import find_device
         from .upscaling import Upscaler
 
         return Upscaler(
@@ -63,7 +62,7 @@ class Weights:
             solver=self.solver,
             grid=self.grid,
             dtype=getattr(torch, self.dtype),
-            device=_device(self.device),
+            device=find_device(self.device),
             consistency=self.consistency or None,  # None: as the weights say
         )
 
@@ -81,17 +80,6 @@ class Weights:
         sides = re.search(r"_(\d+)_(\d+)$", Path(self.config).stem if self.config else "")  # sr_sr3_16_128
         scale = int(sides[2]) / int(sides[1]) if sides else self.scale
         return weights.Model(unet, schedule, scale=scale, level=level)
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not there ({_line(error)}): use --device cpu") from error
-    return device
 
 
 # ---------------------------------------------------------------------------------------- upscale
@@ -139,9 +127,7 @@ def upscale(options: Upscale) -> int:
             except ImageError as error:
                 failed += 1
                 tqdm.write(_complaint(error, source), file=sys.stderr)
-    if failed and len(jobs) > 1:
-        print(f"sr3fast: {failed} of {len(jobs)} pictures could not be enlarged", file=sys.stderr)
-    return BAD_INPUT if failed else 0
+    return _failures(failed, len(jobs), "enlarged")
 
 
 def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -> None:
@@ -157,15 +143,16 @@ def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -
         trace = Trace(frames=8 if options.trace == "png" else 40)
     samples = options.samples if options.samples > 1 else None
     drawn = upscaler(picture, options.seed, samples=samples, trace=trace, progress=True)
-    if trace is not None:
-        trace.save(_beside(result, "trace").with_suffix(f".{options.trace}"))
-    if not isinstance(drawn, Spread):
-        return image.write(drawn, result)
-    for i, one in enumerate(drawn.pictures, 1):
-        image.write(one, _beside(result, str(i)))
-    std = drawn.std.mean(0, keepdim=True)
-    image.write(image.to_picture(std / std.max().clamp(min=1e-6) * 2 - 1), _beside(result, "std"))
-    image.write(drawn.mean, _beside(result, "mean"))
+    with _naming(result):
+        if trace is not None:
+            trace.save(_beside(result, "trace").with_suffix(f".{options.trace}"))
+        if not isinstance(drawn, Spread):
+            return image.write(drawn, result)
+        for i, one in enumerate(drawn.pictures, 1):
+            image.write(one, _beside(result, str(i)))
+        std = drawn.std.mean(0, keepdim=True)
+        image.write(image.to_picture(std / std.max().clamp(min=1e-6) * 2 - 1), _beside(result, "std"))
+        image.write(drawn.mean, _beside(result, "mean"))
 
 
 def _read(path: Path) -> Any:
@@ -180,44 +167,47 @@ def _read(path: Path) -> Any:
 def plan(inputs: Sequence[str], out: Path | None, suffix: str) -> list[tuple[Path, Path]]:
     """(source, result) for files, folders and patterns; results of an earlier run are no sources of this one.
 
-    Raises ValueError where there is nothing, or where `out` is a file for several pictures.
+    Raises ValueError where there is nothing, or where `out` is a file for several pictures or of no format.
     """
-    from PIL import Image
+    from .evaluation import pictures, stems
 
     if not inputs:
         raise ValueError("nothing to enlarge: give files, folders or patterns")
-    known = Image.registered_extensions()
+    to_file = out is not None and _is_file(out)
     jobs: dict[Path, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
-            if not files:
-                raise ValueError(f"{path}: no pictures in this folder")
             folder = out or path.resolve().with_name(path.resolve().name + suffix)
-            pairs = [(p, folder / p.relative_to(path)) for p in files if not p.name.startswith(".")]
-            jobs |= dict(_distinct(pairs, ""))
+            jobs |= {source: folder / f"{short}.png" for short, source in pictures(path).items()}
             continue
         files = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
         if not files:
             raise ValueError(f"{name}: no such file or folder")
         files = [p for p in files if p.is_file()]
-        jobs |= dict(_distinct([(p, (out or p.parent) / p.name) for p in files], "" if out else suffix))
+        results = stems([(out or p.parent) / p.name for p in files])
+        jobs |= {p: Path(f"{result}{'' if out else suffix}.png") for p, result in zip(files, results, strict=True)}
     made = set(jobs.values())
     jobs = {source: result for source, result in jobs.items() if source not in made}
-    if out is not None and out.suffix.lower() in known and not out.is_dir():
+    if out is not None and to_file:
         if len(jobs) != 1:
             raise ValueError(f"--out {out} is one file for {len(jobs)} pictures: give a folder")
         jobs = {source: out for source in jobs}
     return list(jobs.items())
 
 
-def _distinct(pairs: list[tuple[Path, Path]], suffix: str) -> Iterator[tuple[Path, Path]]:
-    """Results NAME + suffix + .png; the whole name is kept where a.jpg and a.png would become one."""
-    stems = [result.with_suffix("") for _, result in pairs]
-    for (source, result), stem in zip(pairs, stems, strict=True):
-        name = result.stem if stems.count(stem) == 1 else result.name
-        yield source, result.with_name(f"{name}{suffix}.png")
+def _is_file(out: Path) -> bool:
+    """Whether --out names a picture's file, not a folder; ValueError for a suffix that no format has."""
+    from PIL import Image
+
+    if out.is_dir() or not out.suffix:
+        return False
+    known = sorted(suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE)
+    if out.suffix.lower() not in known:
+        raise ValueError(
+            f"--out {out}: {out.suffix} is none of {' '.join(known)} (a folder of that name: make it first)"
+        )
+    return True
 
 
 def _beside(path: Path, word: str) -> Path:
@@ -233,14 +223,15 @@ class Evaluate(Weights):
 
     Without --source the sources are made from the truth, by bicubic. With --result finished pictures are
     measured, whoever made them, and no network runs. Pictures of two folders belong together by their names.
+    A picture that cannot be measured is reported and passed over, and the exit code at the end is 2.
     """
 
     truth: Path
-    """A high-resolution picture, or a folder of them."""
+    """A high-resolution picture, or a folder of them with its subfolders."""
     source: Path | None = None
     """The low-resolution picture or folder."""
     result: Path | None = None
-    """Finished pictures to measure."""
+    """Finished pictures to measure, of the truth's size."""
     limit: int | None = None
     """Measure the first so many."""
     bits: int | None = None
@@ -249,149 +240,30 @@ class Evaluate(Weights):
     """Also write the numbers here."""
 
 
-class Scores(NamedTuple):
-    """PSNR in decibels, SSIM, consistency (MSE on [0, 1], times 1e5) and spectral distance in decibels."""
-
-    psnr: float
-    ssim: float
-    consistency: float
-    spectrum: float
-
-
 def evaluate(options: Evaluate) -> int:
-    from tqdm import tqdm
+    from .evaluation import evaluate
+    from .image import atomic
 
     upscaler = options.open() if options.result is None or options.bits is not None else None
-    scale = upscaler.scale if upscaler else options.scale or 4.0
-    truths = _pictures(options.truth)
-    sources = _partners(truths, options.source)
-    results = _partners(truths, options.result)
-    names = list(truths)[: options.limit]
-    table: dict[str, dict[str, Scores]] = {}
-    bound = 0.0
-    for name in tqdm(names, desc="pictures", unit="picture", disable=len(names) < 2):
-        high, low = _pair(truths[name], sources.get(name), scale)
-        made = _made(results[name], high.size) if results else _upscaled(upscaler, low, options.seed)
-        bicubic = low.resized(high.size)
-        table[name] = {BICUBIC: _scores(bicubic, high, low), OURS: _scores(made, high, low)}
-        if options.bits is not None:
-            bound += _bits(upscaler, high, low, options) / len(names)
-    if len(names) > 1:
-        columns = {who: zip(*(scores[who] for scores in table.values()), strict=True) for who in (BICUBIC, OURS)}
-        table["mean"] = {who: Scores(*(sum(c) / len(names) for c in column)) for who, column in columns.items()}
-
-    print(f"{'':24s} {'':8s} {'PSNR dB':>8s} {'SSIM':>7s} {'consistency e-5':>16s} {'spectrum dB':>12s}")
-    for name, scores in table.items():
-        for who, s in scores.items():
-            numbers = f"{s.psnr:8.2f} {s.ssim:7.4f} {s.consistency:16.2f} {s.spectrum:12.2f}"
-            print(f"{name[-24:]:24s} {who:8s} {numbers}")
-    if options.bits is not None:
-        print(f"\nvariational bound: {bound:.4f} bits a dimension")
-    if options.json is not None:
-        from .image import atomic
-
-        tree: dict[str, Any] = {name: {who: s._asdict() for who, s in scores.items()} for name, scores in table.items()}
-        if options.bits is not None:
-            tree["bits a dimension"] = bound
-        with atomic(options.json) as temporary:
-            temporary.write_text(json.dumps(tree, indent=1) + "\n")
-    return 0
-
-
-def _pair(truth: Path, source: Path | None, scale: float) -> tuple[Photo, Photo]:
-    """The truth, cut to a whole multiple of its source, and the source: read, or made by bicubic."""
-    from . import image
-
-    high = image.Photo(image.Photo.of(_read(truth)).color)
-    if source is None:
-        small = (int(high.size[0] / scale), int(high.size[1] / scale))
-        if min(small) < 2:
-            raise image.ImageError(f"{truth}: {high.size[0]} x {high.size[1]} is too small to be a truth")
-        high = image.Photo(high.color.crop((0, 0, round(small[0] * scale), round(small[1] * scale))))
-        return high, high.resized(small)
-    low = image.Photo(image.Photo.of(_read(source)).color)
-    size = (round(low.size[0] * scale), round(low.size[1] * scale))
-    if any(not 0 <= have - need < scale for have, need in zip(high.size, size, strict=True)):
-        raise image.ImageError(
-            f"{source}: {low.size[0]} x {low.size[1]}, {scale:g} times larger, is not the size of {truth}, "
-            f"{high.size[0]} x {high.size[1]}"
-        )
-    return image.Photo(high.color.crop((0, 0, *size))), low
-
-
-def _made(path: Path, size: tuple[int, int]) -> Photo:
-    from . import image
-
-    picture = image.Photo.of(_read(path)).color
-    if picture.width < size[0] or picture.height < size[1]:
-        raise image.ImageError(
-            f"{path}: {picture.width} x {picture.height} is smaller than the truth, {size[0]} x {size[1]}"
-        )
-    return image.Photo(picture.crop((0, 0, *size)))
-
-
-def _upscaled(upscaler: Upscaler | None, low: Photo, seed: int) -> Photo:
-    from PIL import Image
-
-    from . import image
-
-    assert upscaler is not None  # opened where there are no results
-    drawn = upscaler(low.with_color(low.tensor()), seed)
-    assert isinstance(drawn, Image.Image)  # not a Spread: samples= was not given
-    return image.Photo.of(drawn)
-
-
-def _bits(upscaler: Upscaler | None, high: Photo, low: Photo, options: Evaluate) -> float:
-    """The variational bound on -log2 p(truth given source)."""
-    from . import image
-    from .training import variational_bound
-
-    assert upscaler is not None and options.bits is not None
-    model = upscaler.model
-    if model.target.kind != "image":
-        raise ValueError("--bits needs weights whose target is the image: a residual is on no 256 levels")
-    if not 1 <= options.bits <= model.schedule.T:
-        raise ValueError(f"--bits must lie in 1..T = {model.schedule.T}: got {options.bits}")
-    pictures = (low.resized(high.size), high)
-    x, y_0 = (
-        image.reflect_pad(p.tensor(upscaler.channels)[None], model.unet.multiple).to(upscaler.device) for p in pictures
+    found = evaluate(
+        options.truth,
+        upscaler,
+        source=options.source,
+        result=options.result,
+        scale=options.scale or 4.0,
+        seed=options.seed,
+        limit=options.limit,
+        bits=options.bits,
+        progress=True,
     )
-    steps = [1 + round(i * (model.schedule.T - 1) / max(1, options.bits - 1)) for i in range(options.bits)]
-    bound = variational_bound(upscaler.tiled, x, y_0, model.schedule, options.seed, level=model.level, steps=steps)
-    return bound["bits"]
-
-
-def _scores(picture: Photo, truth: Photo, source: Photo) -> Scores:
-    from . import metrics
-
-    y, y_0, small = (photo.tensor(3)[None] for photo in (picture, truth, source))
-    spectrum = metrics.spectral_distance(y, y_0).item() if min(y.shape[2:]) >= 64 else float("nan")
-    consistency = metrics.consistency(y, small).item() * 1e5
-    return Scores(metrics.psnr(y, y_0).item(), metrics.ssim(y, y_0).item(), consistency, spectrum)
-
-
-def _pictures(path: Path) -> dict[str, Path]:
-    from PIL import Image
-
-    if path.is_file():
-        return {path.stem: path}
-    known = Image.registered_extensions()
-    files = {p.stem: p for p in sorted(path.glob("*")) if p.suffix.lower() in known}
-    if not files:
-        raise ValueError(f"{path}: no pictures here")
-    return files
-
-
-def _partners(truths: dict[str, Path], path: Path | None) -> dict[str, Path]:
-    if path is None:
-        return {}
-    partners = _pictures(path)
-    if path.is_file() and len(truths) == 1:
-        return {name: path for name in truths}
-    missing = [name for name in truths if name not in partners]
-    if missing:
-        raise ValueError(f"{path}: no partner for {missing[0]} ({len(missing)} of {len(truths)} are missing)")
-    return partners
+    if found.scores:
+        print(found)
+    for path, error in found.failed.items():
+        print(_complaint(error, path), file=sys.stderr)
+    if options.json is not None:
+        with _naming(options.json), atomic(options.json) as temporary:
+            temporary.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+    return _failures(len(found.failed), len(found.failed) + len(found.scores), "measured")
 
 
 # ----------------------------------------------------------------------------- the other commands
@@ -415,7 +287,8 @@ def _train() -> tuple[type, Callable[[Any], Any]]:
 
     def run(config: TrainConfig) -> int:
         try:
-            train(config, *_begin(config.init, config.scale))
+            with _notices():
+                train(config, *_begin(config.init, config.scale))
         except TrainingError as error:
             raise ValueError(str(error)) from error
         return 0
@@ -495,6 +368,48 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         config += (tyro.conf.PositionalRequiredArgs,)
     parsed: Any = tyro.cli(options, args=list(arguments), prog=f"sr3fast {command}", config=config)
     return function(parsed)
+
+
+def _failures(failed: int, total: int, done: str) -> int:
+    """The exit code; and of several pictures, how many failed."""
+    if failed and total > 1:
+        print(f"sr3fast: {failed} of {total} pictures could not be {done}", file=sys.stderr)
+    return BAD_INPUT if failed else 0
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What cannot be written is told under the user's name for it, not a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or _line(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
+    """Pictures that training skips, a line each and their number at the end."""
+    from tqdm import tqdm
+
+    from .data import Skipped
+
+    show, count = warnings.showwarning, 0
+
+    def notice(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        nonlocal count
+        if not issubclass(category, Skipped):
+            return show(message, category, *place)
+        count += 1
+        tqdm.write(f"sr3fast: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Skipped)
+        warnings.showwarning = notice  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            if count:
+                print(f"sr3fast: pictures skipped: {count}", file=sys.stderr)
 
 
 def _complaint(error: BaseException, source: Path | None = None) -> str:

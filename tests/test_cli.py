@@ -175,7 +175,8 @@ def test_evaluate_makes_the_sources(here, folder, capsys):
     assert [line.split()[:2] for line in lines[1:]] == [
         [name, who] for name in ("0", "1", "mean") for who in ("bicubic", "result")
     ]
-    scores = json.loads(Path("scores.json").read_text())
+    found = json.loads(Path("scores.json").read_text())
+    scores = found["pictures"] | {"mean": found["mean"]}
     truth = Image.open("hr/0.png").crop((0, 0, 64, 68))
     bicubic = image.bicubic(image.bicubic(truth, (16, 17)), (64, 68))
     error = np.asarray(bicubic).astype(float) - np.asarray(truth).astype(float)
@@ -192,7 +193,7 @@ def test_evaluate_finished_pictures_against_given_sources(here, folder):
     truth.save(picture("sr/a.png"))
     options = ["hr", "--source", "lr", "--result", "sr", "--json", "scores.json"]
     assert run(folder, *options, command="evaluate") == 0
-    result = json.loads(Path("scores.json").read_text())["a"]["result"]
+    result = json.loads(Path("scores.json").read_text())["pictures"]["a"]["result"]
     assert result["psnr"] == float("inf") and result["ssim"] == pytest.approx(1) and result["spectrum"] == 0
     picture("hr/b.png", (64, 64))
     assert run(folder, *options, command="evaluate") == 2
@@ -201,7 +202,7 @@ def test_evaluate_finished_pictures_against_given_sources(here, folder):
 def test_evaluate_bits(here, folder, capsys):
     picture("hr/a.png", (66, 64))
     assert run(folder, "hr", "--bits", "3", command="evaluate") == 2
-    assert "--bits needs weights whose target is the image" in capsys.readouterr().err
+    assert "bits needs weights whose target is the image" in capsys.readouterr().err
     model = weights.load(folder)
     model.target = weights.Target("image")
     weights.save("images", model)
@@ -211,6 +212,45 @@ def test_evaluate_bits(here, folder, capsys):
     x = image.to_tensor(image.bicubic(image.bicubic(truth, (16, 16)), (64, 64)))[None]
     bound = variational_bound(model.unet, x, image.to_tensor(truth)[None], model.schedule, 0, steps=[1, 101, 200])
     assert json.loads(Path("scores.json").read_text())["bits a dimension"] == pytest.approx(bound["bits"])
+
+
+def test_evaluate_passes_over_what_is_broken(here, folder, capsys):
+    truth = Image.open(picture("hr/a.png", (64, 64)))
+    picture("hr/b.png", (48, 32), seed=1)
+    (here / "hr" / "c.png").write_bytes(b"no picture")
+    truth.save(picture("sr/a.png"))
+    picture("sr/b.png", (192, 128))
+    picture("sr/c.png")
+    assert run(folder, "hr", "--result", "sr", "--json", "scores.json", command="evaluate") == 2
+    output = capsys.readouterr()
+    assert [line.split()[:2] for line in output.out.splitlines()[1:]] == [["a", "bicubic"], ["a", "result"]]
+    assert [line for line in output.err.splitlines() if line.startswith("sr3fast: ")] == [
+        "sr3fast: hr/b.png: sr/b.png: a result must have the truth's size, 48 x 32: got 192 x 128",
+        "sr3fast: hr/c.png: not an image that Pillow can read: convert it to PNG or JPEG",
+        "sr3fast: 2 of 3 pictures could not be measured",
+    ]
+    assert list(json.loads(Path("scores.json").read_text())["failed"]) == ["hr/b.png", "hr/c.png"]
+    assert run(folder, "hr", "--limit", "0", command="evaluate") == 2
+    assert capsys.readouterr().err == "sr3fast: limit must be at least 1: got 0\n"
+
+
+def test_train_skips_what_it_cannot_use(here, capsys):
+    picture("in/a.png", (32, 32))
+    picture("in/small.png", (32, 12))
+    (here / "in" / "broken.png").write_bytes(b"no picture")
+    small = ["--iterations", "1", "--channels", "8", "--multipliers", "1", "2", "--blocks", "1", "--crop", "16"]
+    small += ["--batch-size", "1", "--validation-steps", "1", "--groups", "4"]
+    arguments = ["train", "--data", "in", "--out", "run", *small]
+    for device in ("cuda:77", "cpux"):
+        assert main([*arguments, "--device", device]) == 2
+        assert f"sr3fast: device {device} is not there" in capsys.readouterr().err
+    assert main([*arguments, "--device", "cpu"]) == 0
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("sr3fast: ")]
+    assert len(lines) == 3 and lines[0].startswith("sr3fast: skipped in/broken.png: ")
+    assert lines[1].startswith("sr3fast: skipped in/small.png: a picture must hold a crop of 16 pixels")
+    assert lines[2] == "sr3fast: pictures skipped: 2"
+    assert "Skipped" not in error and "warnings.warn" not in error
 
 
 def test_train_is_dispatched(here, capsys):
@@ -385,10 +425,36 @@ def test_no_space_on_the_disk(here, folder, capsys, monkeypatch):
     assert files(here) == ["photo.png"]
 
 
+def test_a_place_that_cannot_be_written(here, folder, capsys, monkeypatch):
+    """The user's path is named, not the temporary one beside it."""
+    picture("photo.png")
+
+    def denied(self, file, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", lambda self, file, **o: isinstance(file, Path) and denied(self, file))
+        for out, result in (("out/x.png", "out/x.png"), ("out", "out/photo.png")):
+            assert run(folder, "photo.png", "--out", out) == 2
+            line = capsys.readouterr().err.strip().splitlines()[-1]
+            assert line == f"sr3fast: {result}: {os.strerror(errno.EACCES)}"
+    assert run(folder, "photo.png", "--out", "photo.png/x.png") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("sr3fast: photo.png/x.png: ")
+
+
+def test_a_suffix_of_no_format(here, folder, capsys):
+    picture("photo.png")
+    refused(here, folder, capsys, "photo.png", "--out", "x.foo", match="--out x.foo: .foo is none of .apng ")
+    Path("x.foo").mkdir()
+    assert run(folder, "photo.png", "--out", "x.foo") == 0
+    assert run(folder, "photo.png", "--out", "y") == 0
+    assert files(here) == ["photo.png", "x.foo/photo.png", "y/photo.png"]
+
+
 def test_a_device_that_is_not_there(here, folder, capsys):
     picture("photo.png")
     assert main(["upscale", "photo.png", "--weights", str(folder), "--device", "cuda:77"]) == 2
-    assert "--device cuda:77 is not there" in capsys.readouterr().err
+    assert "device cuda:77 is not there" in capsys.readouterr().err
 
 
 def test_a_format_that_cannot_hold_it(here, folder, capsys):

@@ -17,7 +17,7 @@ FLOORS = [
     {"weights", "engine"},
     {"sampler", "data", "metrics"},
     {"training", "upscaling"},
-    {"compat"},
+    {"compat", "evaluation"},
     {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

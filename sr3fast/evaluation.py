@@ -1,0 +1,281 @@
+"""Results against the truth, beside bicubic: PSNR, SSIM, consistency and power spectrum of whole folders.
+
+print(evaluate("truth", Upscaler(steps=25)))           upscale, then measure
+print(evaluate("truth", result="finished"))            measure what anyone made
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from . import image, metrics
+from .image import ImageError, Photo
+from .training import variational_bound
+from .upscaling import Upscaler
+
+__all__ = ["BICUBIC", "RESULT", "Evaluation", "Scores", "evaluate", "pictures", "stems"]
+
+BICUBIC, RESULT = "bicubic", "result"
+SSIM_SIDE, SPECTRUM_SIDE = 11, 64  # least sides in pixels: a window, and 32 rings
+
+
+class Scores(NamedTuple):
+    """What is measured of one picture, or the mean over several; see `metrics`."""
+
+    psnr: float
+    """Decibels."""
+    ssim: float | None
+    """None below 11 pixels a side."""
+    consistency: float
+    """MSE between the shrunk picture and the source, on [0, 1], times 1e5."""
+    spectrum: float | None
+    """Distance from the truth's power spectrum in decibels; None below 64 pixels a side."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found; str() of it is a table."""
+
+    scores: dict[str, dict[str, Scores]]
+    """Of each picture, by its name: "bicubic" and "result"."""
+    bits: float | None
+    """The mean variational bound in bits a dimension, where it was asked for."""
+    failed: dict[Path, Exception]
+    """The truths that could not be measured, and why."""
+
+    @property
+    def mean(self) -> dict[str, Scores]:
+        """Over the pictures; of none, empty."""
+        if not self.scores:
+            return {}
+        columns = {who: zip(*(s[who] for s in self.scores.values()), strict=True) for who in (BICUBIC, RESULT)}
+        return {who: Scores(*map(_mean, column)) for who, column in columns.items()}
+
+    def __str__(self) -> str:
+        rows = [*self.scores.items()]
+        if len(rows) > 1:
+            rows.append(("mean", self.mean))
+        lines = [f"{'':24s} {'':8s} {'PSNR dB':>8s} {'SSIM':>7s} {'consistency e-5':>16s} {'spectrum dB':>12s}"]
+        for name, scores in rows:
+            for who, s in scores.items():
+                numbers = map(_number, s, (8, 7, 16, 12), (2, 4, 2, 2))
+                lines.append(" ".join((f"{name[-24:]:24s} {who:8s}", *numbers)))
+        if any(None in s for scores in self.scores.values() for s in scores.values()):
+            lines.append(f"-: SSIM needs sides of {SSIM_SIDE} pixels, the spectrum of {SPECTRUM_SIDE}")
+        if self.bits is not None:
+            lines.append(f"\nvariational bound: {self.bits:.4f} bits a dimension")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        return {
+            "pictures": {name: _plain(scores) for name, scores in self.scores.items()},
+            "mean": _plain(self.mean),
+            "bits a dimension": self.bits,
+            "failed": {str(path): str(error) for path, error in self.failed.items()},
+        }
+
+
+def evaluate(
+    truth: str | Path,
+    upscaler: Upscaler | None = None,
+    *,
+    source: str | Path | None = None,
+    result: str | Path | None = None,
+    scale: float = 4.0,
+    seed: int = 0,
+    limit: int | None = None,
+    bits: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure results against the truth, beside bicubic.
+
+    Args:
+        truth: a high-resolution picture, or a folder of them with its subfolders. Cut to a whole multiple of
+            its source.
+        upscaler: makes the results.
+        source: the low-resolution pictures, by the truth's names; by default the truth is shrunk by bicubic.
+        result: finished pictures, by the truth's names; no network runs. Of the truth's size, before or after
+            it is cut.
+        scale: how much finished pictures were enlarged; an upscaler brings its own.
+        seed: of every picture.
+        limit: measure the first so many.
+        bits: also the variational bound, from so many noise levels (T of them: exactly); needs an upscaler.
+        progress: show a bar over the pictures.
+
+    Raises:
+        ValueError: nothing there, a picture without its partner, an option out of its range.
+
+    A picture that cannot be measured is among `failed`; the others go on.
+    """
+    if result is None and upscaler is None:
+        raise ValueError("give an upscaler, or finished pictures as result")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1: got {limit}")
+    if bits is not None:
+        _check_bits(upscaler, bits)
+    scale = scale if upscaler is None else upscaler.scale
+    truths = pictures(truth)
+    sources = _partners(truths, source)
+    results = _partners(truths, result)
+    names = list(truths)[:limit]
+    scores: dict[str, dict[str, Scores]] = {}
+    failed: dict[Path, Exception] = {}
+    bounds = []
+    for name in tqdm(names, desc="pictures", unit="picture", disable=not progress or len(names) < 2):
+        try:
+            whole = _color(truths[name])
+            high, low = _pair(truths[name], whole, sources.get(name), scale)
+            if result is None:
+                assert upscaler is not None
+                made = _upscaled(upscaler, low, seed)
+            else:
+                made = _finished(results[name], whole.size, high.size)
+            row = {BICUBIC: _scores(low.resized(high.size), high, low), RESULT: _scores(made, high, low)}
+            if bits is not None:
+                assert upscaler is not None
+                bounds.append(_bits(upscaler, high, low, bits, seed))
+            scores[name] = row
+        except (ImageError, OSError) as error:
+            failed[truths[name]] = error
+    return Evaluation(scores, _mean(bounds), failed)
+
+
+# --------------------------------------------------------------------------------------- the pictures
+
+
+def pictures(path: str | Path) -> dict[str, Path]:
+    """The picture files of a folder and its subfolders by their names in it (see `stems`), or the one file.
+
+    Raises ValueError where there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return {path.stem: path}
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    known = Image.registered_extensions()
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
+    if not files:
+        raise ValueError(f"{path}: no pictures in this folder")
+    names = stems([p.relative_to(path) for p in files])
+    return {str(name): file for name, file in zip(names, files, strict=True)}
+
+
+def stems(paths: Sequence[Path]) -> Iterator[Path]:
+    """Each path without its suffix; with it where a.jpg and a.png would become one."""
+    count = Counter(path.with_suffix("") for path in paths)
+    for path in paths:
+        name = path.with_suffix("")
+        yield name if count[name] == 1 else path
+
+
+def _partners(truths: dict[str, Path], path: str | Path | None) -> dict[str, Path]:
+    if path is None:
+        return {}
+    partners = pictures(path)
+    if Path(path).is_file() and len(truths) == 1:
+        return dict.fromkeys(truths, Path(path))
+    missing = [name for name in truths if name not in partners]
+    if missing:
+        raise ValueError(f"{path}: no partner for {missing[0]} ({len(missing)} of {len(truths)} are missing)")
+    return partners
+
+
+def _color(path: Path) -> Photo:
+    return Photo(Photo.of(image.read(path)).color)
+
+
+def _pair(path: Path, high: Photo, source: Path | None, scale: float) -> tuple[Photo, Photo]:
+    """The truth, cut to a whole multiple of its source, and the source: read, or made by bicubic."""
+    if source is None:
+        small = (int(high.size[0] / scale), int(high.size[1] / scale))
+        if min(small) < 2:
+            raise ImageError(f"{path}: {_by(high.size)} is too small to be a truth")
+        high = _cut(high, (round(small[0] * scale), round(small[1] * scale)))
+        return high, high.resized(small)
+    low = _color(source)
+    size = (round(low.size[0] * scale), round(low.size[1] * scale))
+    if any(not 0 <= have - need < scale for have, need in zip(high.size, size, strict=True)):
+        raise ImageError(
+            f"{source}: {_by(low.size)}, {scale:g} times larger, is not the size of {path}, {_by(high.size)}"
+        )
+    return _cut(high, size), low
+
+
+def _finished(path: Path, whole: tuple[int, int], size: tuple[int, int]) -> Photo:
+    """A result of the truth's size, which is `whole` in its file and `size` where it is cut."""
+    made = _color(path)
+    if made.size not in (whole, size):
+        cut = "" if whole == size else f", cut to {_by(size)}"
+        raise ImageError(f"{path}: a result must have the truth's size, {_by(whole)}{cut}: got {_by(made.size)}")
+    return _cut(made, size)
+
+
+def _cut(photo: Photo, size: tuple[int, int]) -> Photo:
+    return Photo(photo.color.crop((0, 0, *size)))
+
+
+def _upscaled(upscaler: Upscaler, low: Photo, seed: int) -> Photo:
+    drawn = upscaler(low.with_color(low.tensor()), seed)
+    assert isinstance(drawn, Image.Image)  # not a Spread: samples= was not given
+    return Photo.of(drawn)
+
+
+# ----------------------------------------------------------------------------------------- the numbers
+
+
+def _scores(picture: Photo, truth: Photo, source: Photo) -> Scores:
+    y, y_0, small = (photo.tensor(3)[None] for photo in (picture, truth, source))
+    side = min(truth.size)
+    return Scores(
+        metrics.psnr(y, y_0).item(),
+        metrics.ssim(y, y_0).item() if side >= SSIM_SIDE else None,
+        metrics.consistency(y, small).item() * 1e5,
+        metrics.spectral_distance(y, y_0).item() if side >= SPECTRUM_SIDE else None,
+    )
+
+
+def _check_bits(upscaler: Upscaler | None, bits: int) -> None:
+    if upscaler is None:
+        raise ValueError("bits needs an upscaler: the bound is of its network")
+    if upscaler.model.target.kind != "image":
+        raise ValueError("bits needs weights whose target is the image: a residual is on no 256 levels")
+    if not 1 <= bits <= upscaler.model.schedule.T:
+        raise ValueError(f"bits must lie in 1..T = {upscaler.model.schedule.T}: got {bits}")
+
+
+def _bits(upscaler: Upscaler, high: Photo, low: Photo, bits: int, seed: int) -> float:
+    """The variational bound on -log2 p(truth given source)."""
+    model = upscaler.model
+    x, y_0 = (
+        image.reflect_pad(p.tensor(upscaler.channels)[None], model.unet.multiple).to(upscaler.device)
+        for p in (low.resized(high.size), high)
+    )
+    steps = [1 + round(i * (model.schedule.T - 1) / max(1, bits - 1)) for i in range(bits)]
+    return variational_bound(upscaler.tiled, x, y_0, model.schedule, seed, level=model.level, steps=steps)["bits"]
+
+
+def _mean(values: Iterable[float | None]) -> Any:
+    """Of those that there are; None of none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}s}" if value is None else f"{value:{width}.{digits}f}"
+
+
+def _plain(scores: dict[str, Scores]) -> dict[str, dict[str, float | None]]:
+    return {who: s._asdict() for who, s in scores.items()}
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

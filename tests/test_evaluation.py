@@ -1,0 +1,152 @@
+"""Whole folders against the truth: what belongs together, what is cut, what is refused, what is passed over."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sr3fast
+from sr3fast import image, metrics
+from sr3fast.evaluation import BICUBIC, RESULT, evaluate, pictures
+from sr3fast.schedule import Schedule
+from sr3fast.unet import UNet
+from sr3fast.upscaling import Upscaler, upscale
+from sr3fast.weights import Model, Target
+
+
+def picture(path, size=(66, 70), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = image.resize(0.7 * torch.randn(3, 5, 5, generator=generator), (size[1], size[0]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = image.to_picture(values.clamp(-1, 1))
+    made.save(path)
+    return made
+
+
+@pytest.fixture(scope="module")
+def upscaler():
+    torch.manual_seed(0)
+    unet = UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, dropout=0.0, image_size=16).eval()
+    schedule = Schedule.named("linear", T=50, start=1e-4, end=0.2)
+    return Upscaler(Model(unet, schedule, Target("residual", 4.0), scale=4), steps=2)
+
+
+def test_the_numbers_are_those_of_metrics(tmp_path, upscaler):
+    truth = picture(tmp_path / "hr" / "a.png").crop((0, 0, 64, 68))
+    small = image.bicubic(truth, (16, 17))
+    made = upscale(small, upscaler.model, steps=2, seed=3)
+    found = sr3fast.evaluate(tmp_path / "hr", upscaler, seed=3)
+    y, y_0, x = (image.to_tensor(p)[None] for p in (made, truth, small))
+    scores = found.scores["a"][RESULT]
+    assert scores.psnr == metrics.psnr(y, y_0).item() and scores.ssim == metrics.ssim(y, y_0).item()
+    assert scores.consistency == metrics.consistency(y, x).item() * 1e5
+    assert scores.spectrum == metrics.spectral_distance(y, y_0).item()
+    bicubic = image.to_tensor(image.bicubic(small, (64, 68)))[None]
+    assert found.scores["a"][BICUBIC].psnr == metrics.psnr(bicubic, y_0).item()
+    assert found.bits is None and not found.failed
+
+
+def test_mean_table_and_json(tmp_path):
+    for i, name in enumerate(("a", "mean")):
+        truth = picture(tmp_path / "hr" / f"{name}.png", seed=i)
+        picture(tmp_path / "sr" / f"{name}.png", truth.size, seed=i + 2)
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
+    a, b = (found.scores[name][RESULT] for name in ("a", "mean"))
+    assert found.mean[RESULT] == pytest.approx(np.mean([a, b], 0))
+    lines = [line.split() for line in str(found).splitlines()[1:]]
+    assert [line[:2] for line in lines] == [[n, w] for n in ("a", "mean", "mean") for w in (BICUBIC, RESULT)]
+    assert [float(n) for n in lines[1][2:]] == pytest.approx(a, abs=5e-3)
+    tree = json.loads(json.dumps(found.as_dict()))
+    assert (
+        tree["pictures"]["mean"][RESULT]["psnr"] == b.psnr and tree["mean"][RESULT]["ssim"] == found.mean[RESULT].ssim
+    )
+
+
+def test_a_result_has_the_truths_size(tmp_path):
+    """As it is in its file, or cut to a multiple of the scale; the cut is the same for both."""
+    truth = picture(tmp_path / "hr" / "a.png", (66, 70))
+    made = picture(tmp_path / "sr" / "whole.png", (66, 70), seed=1)
+    made.crop((0, 0, 64, 68)).save(tmp_path / "sr" / "cut.png")
+    whole, cut = (
+        evaluate(tmp_path / "hr" / "a.png", result=tmp_path / "sr" / f"{n}.png").scores for n in ("whole", "cut")
+    )
+    assert whole == cut
+    for size in ((192, 128), (65, 70), (64, 67)):
+        picture(tmp_path / "sr" / "a.png", size)
+        failed = evaluate(tmp_path / "hr" / "a.png", result=tmp_path / "sr" / "a.png").failed
+        (error,) = failed.values()
+        assert "a result must have the truth's size, 66 x 70, cut to 64 x 68: got {} x {}".format(*size) in str(error)
+    image.bicubic(truth, (15, 17)).save(tmp_path / "lr.png")
+    failed = evaluate(tmp_path / "hr" / "a.png", source=tmp_path / "lr.png", result=tmp_path / "hr" / "a.png").failed
+    assert "15 x 17, 4 times larger, is not the size of" in str(*failed.values())
+
+
+def test_names_in_folders(tmp_path):
+    """Subfolders are taken; a name that two files share keeps its suffix, as `upscale` writes them."""
+    for i, name in enumerate(("a.png", "a.jpg", "deep/a.png", "deep/b.bmp", ".hidden.png")):
+        picture(tmp_path / "hr" / name, seed=i)
+    assert list(pictures(tmp_path / "hr")) == ["a.jpg", "a.png", "deep/a", "deep/b"]
+    for name, path in pictures(tmp_path / "hr").items():
+        (tmp_path / "sr" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(tmp_path / "sr" / f"{name}.png")
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
+    assert [s[RESULT].psnr for s in found.scores.values()] == [float("inf")] * 4
+    (tmp_path / "sr" / "a.jpg.png").unlink()
+    with pytest.raises(ValueError, match=r"sr: no partner for a.jpg \(1 of 4 are missing\)"):
+        evaluate(tmp_path / "hr", result=tmp_path / "sr")
+
+
+def test_a_broken_picture_is_passed_over(tmp_path, upscaler):
+    for i, name in enumerate(("a.png", "c.png")):
+        picture(tmp_path / name, seed=i)
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    picture(tmp_path / "tiny.png", (7, 9))
+    found = evaluate(tmp_path, upscaler)
+    assert list(found.scores) == ["a", "c"]
+    assert {path.name: str(error).split(": ")[1] for path, error in found.failed.items()} == {
+        "b.png": "not an image that Pillow can read",
+        "tiny.png": "7 x 9 is too small to be a truth",
+    }
+    assert found.mean[BICUBIC].psnr == pytest.approx(np.mean([s[BICUBIC].psnr for s in found.scores.values()]))
+
+
+def test_small_pictures_have_no_spectrum(tmp_path):
+    for i, size in enumerate(((64, 64), (64, 60), (8, 64))):
+        picture(tmp_path / f"{i}.png", size, seed=i)
+    found = evaluate(tmp_path, result=tmp_path)
+    assert [(s[BICUBIC].ssim is None, s[BICUBIC].spectrum is None) for s in found.scores.values()] == [
+        (False, False),
+        (False, True),
+        (True, True),
+    ]
+    assert found.mean[BICUBIC].spectrum == found.scores["0"][BICUBIC].spectrum
+    table = str(found)
+    assert "nan" not in table and "-: SSIM needs sides of 11 pixels, the spectrum of 64" in table
+    assert "SSIM needs" not in str(evaluate(tmp_path / "0.png", result=tmp_path / "0.png"))
+
+
+def test_refusals(tmp_path, upscaler):
+    picture(tmp_path / "hr" / "a.png")
+    (tmp_path / "empty").mkdir()
+    hr = tmp_path / "hr"
+    for arguments, options, message in (
+        ((hr,), {}, "give an upscaler, or finished pictures"),
+        ((hr, upscaler), {"limit": 0}, "limit must be at least 1: got 0"),
+        ((tmp_path / "empty", upscaler), {}, "empty: no pictures in this folder"),
+        ((tmp_path / "absent", upscaler), {}, "absent: no such file or folder"),
+        ((hr,), {"result": hr, "bits": 3}, "bits needs an upscaler"),
+        ((hr, upscaler), {"bits": 3}, "bits needs weights whose target is the image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(*arguments, **options)
+    image_model = Model(upscaler.model.unet, upscaler.model.schedule, scale=4)
+    with pytest.raises(ValueError, match=r"bits must lie in 1\.\.T = 50: got 51"):
+        evaluate(hr, Upscaler(image_model, steps=2), bits=51)
+
+
+def test_limit(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", seed=i)
+    assert list(evaluate(tmp_path, result=tmp_path, limit=2).scores) == ["0", "1"]
