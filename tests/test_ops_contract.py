@@ -538,6 +538,15 @@ def test_compiled_loop_with_changing_numbers(compiled):
             assert same_bits(fast(*args), step(*args))
 
 
+def test_compiled_noise_and_kinds_of_seeds(compiled):
+    def draw(y_t, seed):
+        return ops.noise(y_t.shape, seed, step=4) + ops.refine(y_t, y_t, 0.9, 0.5, seed, 4)
+
+    fast = compiled(draw)
+    for seed in (3, [5, -7], torch.tensor([5, -7]), torch.tensor(9)):
+        assert same_bits(fast(y(), seed), draw(y(), seed))
+
+
 def test_compiled_solver_with_changing_rows(compiled):
     table = rows(Schedule.named("linear", T=2000), solver="dpm++2m", steps=12).rows
 

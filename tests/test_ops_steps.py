@@ -15,7 +15,7 @@ from sr3fast import noise as noise_v1
 from sr3fast.reference import refine_row
 from sr3fast.schedule import Schedule
 
-# odd sizes, one channel, more channels than a vector or a tile holds, rows shorter than four pixels
+# odd sizes, one channel, more channels than a vector or a tile holds, rows shorter than four pixels, whole vectors
 SHAPES = [
     (3, 6, 33, 31),
     (2, 1, 5, 7),
@@ -24,6 +24,9 @@ SHAPES = [
     (2, 70, 3, 18),
     (1, 3, 2, 300),
     (2, 4, 1, 1),
+    (2, 3, 9, 64),
+    (1, 2, 5, 192),
+    (1, 2, 2, 1088),
 ]
 ROWS = {
     "everything": (1.75, 0.6, 1.0, 0.9, -0.3, 0.25, -0.15, 0.05, 0.4),
@@ -71,6 +74,10 @@ def strided(t, how):
 
 
 STRIDES = ["contiguous", "channels_last", "channels of a buffer", "every second pixel", "transposed"]
+
+
+# rows that end inside a vector, and rows of whole vectors: one, several, an odd number, more than a tile holds
+WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from((32, 64, 96, 128, 192, 1088)))
 
 
 # -------------------------------------------------------------------------------- the row, bit for bit
@@ -225,7 +232,7 @@ def test_tiles(home):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 40)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), WIDTHS),
     y_how=st.sampled_from(STRIDES),
     f_how=st.sampled_from(STRIDES),
     into_how=st.sampled_from(STRIDES),
@@ -280,6 +287,29 @@ def test_q_sample_out_and_into(home, how, dtype):
         assert ops.q_sample(y_0, 0.3, 5, 6, out=(out, eps), into=into)[0] is out
         assert same_bits(out, expected) and same_bits(eps, expected_eps) and same_bits(into, expected.to(dtype))
         assert same_bits(ops.q_sample(strided(y_0, how), 0.3, 5, 6)[0], expected)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), WIDTHS),
+    y_how=st.sampled_from(STRIDES),
+    into_how=st.sampled_from(STRIDES),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    a_sample=st.booleans(),
+    origin=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+)
+def test_q_sample_and_noise_of_any_shape_and_strides(home, shape, y_how, into_how, dtypes, a_sample, origin):
+    y_0 = strided(random(*shape, seed=1, dtype=dtypes[0], device=home), y_how)
+    drawn = noise_v1.normals(noise_v1.seeds(5, shape[0]), shape, noise_v1.TRAIN, 3, origin)
+    gamma = torch.linspace(0.1, 0.9, shape[0], dtype=torch.float64) if a_sample else torch.tensor(0.3).double()
+    signal, share = (t.float().view(-1, 1, 1, 1) for t in (gamma.sqrt(), (1 - gamma).sqrt()))
+    expected = signal * y_0.cpu().float() + share * drawn
+    into = strided(torch.zeros(shape, dtype=dtypes[1], device=home), into_how)
+    y_t, eps = ops.q_sample(y_0, gamma.to(home) if a_sample else gamma.item(), 5, 3, origin=origin, into=into)
+    assert same_bits(y_t, expected.to(dtypes[0])) and same_bits(eps, drawn.to(dtypes[0]))
+    assert same_bits(into, expected.to(dtypes[1]))
+    z = ops.noise(shape, 5, domain=noise_v1.TRAIN, step=3, origin=origin, device=home, dtype=dtypes[1])
+    assert same_bits(z, drawn.to(dtypes[1]))
 
 
 def test_q_sample_gamma(home):

@@ -38,6 +38,7 @@ def whole():
         yield f"{shape}", lambda s=shape: ops.noise(s, 77, step=12)
         y, f, *_ = tensors(shape)
         yield f"refine {shape}", lambda y=y, f=f: ops.refine(y, f, 0.999, 0.4, 11, 1999)
+    yield "a million", lambda: ops.noise((1, 4, 512, 512), 78, step=3)
     small = (2, 3, 9, 14)
     for dtype, origin in itertools.product(DTYPES, ((0, 0), (5, 3), (129, 4098))):
         yield f"{dtype} {origin}", lambda d=dtype, o=origin: ops.noise(small, 5, dtype=d, origin=o)
