@@ -166,29 +166,37 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
       for (int v = 0; v < V; ++v) shift[v] = read(a.shift, block.b * a.sizes.channels + c + v);
     }
     Running<V> running;
-    for (uint32_t p = columns.row; p < end; p += kInFlight * columns.rows) {
-      Elements x[kInFlight] = {};
-      const int n =
-          static_cast<int>(min(static_cast<uint32_t>(kInFlight), (length - p - 1) / columns.rows + 1));
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k)
-        if (k < n) x[k] = Elements::load_constant(h + static_cast<int64_t>(p + k * columns.rows) * stride);
-      if (a.residual) {
-        const T* residual = static_cast<const T*>(a.residual) + whole;
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          if (k >= n) continue;
-          const int64_t at = static_cast<int64_t>(p + k * columns.rows) * a.sizes.channels;
-          add_residual(a, x[k], Elements::load_constant(residual + at), shift, whole + at);
-        }
-      }
-      if (one) {
-        T* data = shared_at<T>(a.data) + column * V;
+    const int64_t step = int64_t{columns.rows} * stride;
+    const T* at = h + int64_t{columns.row} * stride;
+    for (uint32_t p = columns.row; p < end; p += kInFlight * columns.rows, at += kInFlight * step) {
+      const auto some = [&](auto every) {
+        constexpr bool all = decltype(every)::value;
+        const int n = all ? kInFlight : static_cast<int>((end - p - 1) / columns.rows + 1);
+        Elements x[kInFlight] = {};
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k)
-          if (k < n) x[k].keep(data + (p + k * columns.rows) * a.cut.slice);
-      }
-      running.template add<kInFlight>(n, [&](int k, int v) { return x[k].at(v); });
+          if (all || k < n) x[k] = Elements::load_constant(at + k * step);
+        if (a.residual) {
+          const T* residual = static_cast<const T*>(a.residual) + whole;
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k) {
+            if (!all && k >= n) continue;
+            const int64_t pixel = static_cast<int64_t>(p + k * columns.rows) * a.sizes.channels;
+            add_residual(a, x[k], Elements::load_constant(residual + pixel), shift, whole + pixel);
+          }
+        }
+        if (one) {
+          T* data = shared_at<T>(a.data) + p * a.cut.slice + column * V;
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k)
+            if (all || k < n) x[k].keep(data + k * columns.rows * a.cut.slice);
+        }
+        running.template add_some<all, kInFlight>(n, [&](int k, int v) { return x[k].at(v); });
+      };
+      if (p + (kInFlight - 1) * columns.rows < end)
+        some(std::true_type{});
+      else
+        some(std::false_type{});
     }
     if (first == 0) parameters.load(a, block);
     __syncthreads();
