@@ -304,6 +304,8 @@ def test_what_every_home_must_pass(library, device):
         "pytest",
         "-q",
         "-x",
+        "-k",
+        "cuda-cpu",
         "-p",
         "cuda_on_cpu.plugin",
         *(tests / f for f in files),
