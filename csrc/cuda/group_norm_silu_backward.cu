@@ -4,7 +4,7 @@
 //     dweight = sum g x_hat,  dbias = sum g,  dshift = sum dh
 // All of these follow from three sums a channel and sample: of g, of g x_hat and of x_hat.
 //
-// As in the forward, one kernel where a slice of h and grad fits into a cluster's shared memory, else two
+// As in the forward, one kernel where a slice of h and g fits into a cluster's shared memory, else two
 // over as many samples at a time as stay in L2; then one that sums dweight and dbias over the samples.
 #include "norm.cuh"
 
@@ -87,19 +87,36 @@ struct Channel {
       g *= s * (1.0f + n * (1.0f - s));
     }
   }
+  // g
   template <class T, bool silu>
-  __device__ __forceinline__ void add(float h, float grad, Sums& sums) const {
+  __device__ __forceinline__ float add(float h, float grad, Sums& sums) const {
     float x_hat, g;
     differentiate<T, silu>(h, grad, x_hat, g);
     sums.g += g;
     sums.gx += g * x_hat;
     sums.x += x_hat;
+    return g;
   }
   template <class T, bool silu>
   __device__ __forceinline__ float gradient(float h, float grad, const Means& mean_of) const {
     float x_hat, g;
     differentiate<T, silu>(h, grad, x_hat, g);
     return (weight * g - mean_of.g - x_hat * mean_of.gx) * rstd;
+  }
+};
+
+// The same of a g that was kept.
+struct Kept {
+  float mean, h, g, offset;
+
+  Kept() = default;
+  __device__ __forceinline__ Kept(const Channel& channel, const Means& mean_of)
+      : mean(channel.mean),
+        h(-channel.rstd * channel.rstd * mean_of.gx),
+        g(channel.weight * channel.rstd),
+        offset(-channel.rstd * mean_of.g) {}
+  __device__ __forceinline__ float gradient(float h_, float g_) const {
+    return g * g_ + (h * (h_ - mean) + offset);
   }
 };
 
@@ -133,7 +150,7 @@ struct Nhwc {
         columns(a_.cut.slice) {}
 
   __device__ __forceinline__ T* kept_h() const { return shared_at<T>(a.data); }
-  __device__ __forceinline__ T* kept_grad() const { return kept_h() + a.cut.size * a.cut.slice; }
+  __device__ __forceinline__ T* kept_g() const { return kept_h() + a.cut.size * a.cut.slice; }
   // of the part's first pixel, in a tensor with all channels
   __device__ __forceinline__ int64_t whole(uint32_t c) const {
     return (block.b * a.sizes.pixels + begin) * a.sizes.channels + c;
@@ -169,16 +186,17 @@ struct Nhwc {
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
           if (k >= n) continue;
-          if (one) {
-            const uint32_t at = (p + k * columns.rows) * a.cut.slice + column * V;
-            x[k].keep(kept_h() + at);
-            g[k].keep(kept_grad() + at);
-          }
+          float known[V];
           with_silu(a.silu, [&](auto silu) {
 #pragma unroll
             for (int v = 0; v < V; ++v)
-              channel[v].template add<T, silu.value>(x[k].at(v), g[k].at(v), sums[v]);
+              known[v] = channel[v].template add<T, silu.value>(x[k].at(v), g[k].at(v), sums[v]);
           });
+          if (one) {
+            const uint32_t at = (p + k * columns.rows) * a.cut.slice + column * V;
+            x[k].keep(kept_h() + at);
+            Elements::of(known).keep(kept_g() + at);
+          }
         }
       }
 #pragma unroll
@@ -201,10 +219,12 @@ struct Nhwc {
       const uint32_t c = block.slice * a.cut.slice + column * V;
       Channel channel[V];
       Means mean[V];
+      Kept kept[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         channel[v] = Channel(parameters, column * V + v);
         mean[v] = means[a.sizes.by_width.quotient(column * V + v)];
+        kept[v] = Kept(channel[v], mean[v]);
       }
       uint32_t stride;
       const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
@@ -221,7 +241,7 @@ struct Nhwc {
           const uint32_t pixel = p + k * columns.rows, at = pixel * a.cut.slice + column * V;
           x[k] = one ? Elements::load(kept_h() + at)
                      : Elements::load_constant(h + static_cast<int64_t>(pixel) * stride);
-          g[k] = one ? Elements::load(kept_grad() + at)
+          g[k] = one ? Elements::load(kept_g() + at)
                      : Elements::load_constant(grad + static_cast<int64_t>(pixel) * a.sizes.channels);
         }
 #pragma unroll
@@ -229,11 +249,16 @@ struct Nhwc {
           if (k >= n) continue;
           const uint32_t pixel = p + k * columns.rows;
           float result[V];
-          with_silu(a.silu, [&](auto silu) {
+          if constexpr (one) {
 #pragma unroll
-            for (int v = 0; v < V; ++v)
-              result[v] = channel[v].template gradient<T, silu.value>(x[k].at(v), g[k].at(v), mean[v]);
-          });
+            for (int v = 0; v < V; ++v) result[v] = kept[v].gradient(x[k].at(v), g[k].at(v));
+          } else {
+            with_silu(a.silu, [&](auto silu) {
+#pragma unroll
+              for (int v = 0; v < V; ++v)
+                result[v] = channel[v].template gradient<T, silu.value>(x[k].at(v), g[k].at(v), mean[v]);
+            });
+          }
           finish<T, V>(a, result, whole(c) + static_cast<int64_t>(pixel) * a.sizes.channels)
               .store(dh + static_cast<int64_t>(pixel) * stride);
         }
@@ -279,7 +304,7 @@ struct Nchw {
     }
   }
   __device__ __forceinline__ T* kept_h() const { return shared_at<T>(a.data); }
-  __device__ __forceinline__ T* kept_grad() const { return kept_h() + a.cut.size * a.cut.slice * V; }
+  __device__ __forceinline__ T* kept_g() const { return kept_h() + a.cut.size * a.cut.slice * V; }
   __device__ __forceinline__ int64_t whole(uint32_t c) const {
     return (block.b * a.sizes.channels + c) * a.sizes.pixels + static_cast<int64_t>(begin) * V;
   }
@@ -311,15 +336,17 @@ struct Nchw {
 #pragma unroll
           for (int k = 0; k < kInFlight; ++k) {
             if (k >= n) continue;
+            float known[V];
+            with_silu(a.silu, [&](auto silu) {
+#pragma unroll
+              for (int v = 0; v < V; ++v)
+                known[v] = channel.template add<T, silu.value>(x[k].at(v), g[k].at(v), sums);
+            });
             if (one) {
               const uint32_t at = (i * a.cut.size + p + k * lanes) * V;
               x[k].keep(kept_h() + at);
-              g[k].keep(kept_grad() + at);
+              Elements::of(known).keep(kept_g() + at);
             }
-            with_silu(a.silu, [&](auto silu) {
-#pragma unroll
-              for (int v = 0; v < V; ++v) channel.template add<T, silu.value>(x[k].at(v), g[k].at(v), sums);
-            });
           }
         }
       }
@@ -341,6 +368,7 @@ struct Nchw {
       if (first >= end) return;
       const Channel channel(parameters, i);
       const Means mean = means[0];
+      const Kept kept(channel, mean);
       const uint32_t c = block.slice * a.cut.slice + i;
       const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
       const Pair<T> out{static_cast<const T*>(a.dh), static_cast<const T*>(a.dh2)};
@@ -356,7 +384,7 @@ struct Nchw {
           const uint32_t q = p + k * lanes, at = (i * a.cut.size + q) * V;
           x[k] =
               one ? Elements::load(kept_h() + at) : Elements::load_constant(h + static_cast<int64_t>(q) * V);
-          g[k] = one ? Elements::load(kept_grad() + at)
+          g[k] = one ? Elements::load(kept_g() + at)
                      : Elements::load_constant(grad + static_cast<int64_t>(q) * V);
         }
 #pragma unroll
@@ -364,11 +392,16 @@ struct Nchw {
           if (k >= n) continue;
           const int64_t q = static_cast<int64_t>(p + k * lanes) * V;
           float result[V];
-          with_silu(a.silu, [&](auto silu) {
+          if constexpr (one) {
 #pragma unroll
-            for (int v = 0; v < V; ++v)
-              result[v] = channel.template gradient<T, silu.value>(x[k].at(v), g[k].at(v), mean);
-          });
+            for (int v = 0; v < V; ++v) result[v] = kept.gradient(x[k].at(v), g[k].at(v));
+          } else {
+            with_silu(a.silu, [&](auto silu) {
+#pragma unroll
+              for (int v = 0; v < V; ++v)
+                result[v] = channel.template gradient<T, silu.value>(x[k].at(v), g[k].at(v), mean);
+            });
+          }
           finish<T, V>(a, result, whole(c) + q).store(dh + q);
         }
       }
