@@ -4,7 +4,7 @@
     python benchmarks/tables.py --readme README.md                     every table of the README, in place
 
 In the README a table stands between `<!-- table: ops-cpu -->` and `<!-- end -->`; the name is the file's. It may be
-narrowed: `<!-- table: ops-cpu; home = cpp; show op, ms -->`. A figure that no file holds is not written.
+narrowed: `<!-- table: ops-cpu; home = cpp | torch; show op, ms -->`. A figure that no file holds is not written.
 """
 
 from __future__ import annotations
@@ -56,14 +56,15 @@ def markdown_table(records: list[Record]) -> str:
 
 
 def narrowed(records: list[Record], clauses: list[str]) -> list[Record]:
-    """Records that have the values of every `key = value`, with the columns of `show a, b` in that order."""
+    """Records with one of the values of every `key = value | value`, and the columns of `show a, b` in that order."""
     for clause in clauses:
         if clause.startswith("show "):
             keys = [key.strip() for key in clause.removeprefix("show ").split(",")]
             records = [{key: r.get(key) for key in keys} for r in records]
         else:
-            key, _, value = (part.strip() for part in clause.partition("="))
-            records = [r for r in records if _figure(r.get(key)) == value]
+            key, _, values = (part.strip() for part in clause.partition("="))
+            wanted = [value.strip() for value in values.split("|")]
+            records = [r for r in records if _figure(r.get(key)) in wanted]
     if not records:
         raise ValueError(f"no record is left by {clauses}")
     return records

@@ -1,4 +1,4 @@
-// Python to C++: tuples of addresses and sizes in, nothing out. Checks are ops.py's; the GIL is released.
+// Python to C++: tuples of addresses and sizes in, nothing out. ops.py has checked them; the GIL is released.
 #include <pybind11/pybind11.h>
 
 #include "common/ops.h"
@@ -13,159 +13,140 @@ using namespace sr3fast;
 namespace {
 
 int64_t integer(PyObject* tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)); }
+bool flag(PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i) == Py_True; }
+
+template <class T>
+T* address(PyObject* tuple, Py_ssize_t i) {
+  return reinterpret_cast<T*>(integer(tuple, i));
+}
+
+// What sr3fast/native.py makes of an argument, as the ops take it.
 
 // (data_ptr, dtype, b, c, h, w, strides of b, c, h, w) or None
-Tensor tensor(const py::object& o) {
-  Tensor t;
-  if (o.is_none()) return t;
-  PyObject* p = o.ptr();
-  t.data = reinterpret_cast<void*>(integer(p, 0));
-  t.dtype = static_cast<Dtype>(integer(p, 1));
+void read(PyObject* o, Tensor& t) {
+  if (o == Py_None) return;
+  t.data = address<void>(o, 0);
+  t.dtype = static_cast<Dtype>(integer(o, 1));
   for (int i = 0; i < 4; ++i) {
-    t.size[i] = integer(p, 2 + i);
-    t.stride[i] = integer(p, 6 + i);
+    t.size[i] = integer(o, 2 + i);
+    t.stride[i] = integer(o, 6 + i);
   }
-  return t;
 }
 
 // (data_ptr, dtype) or None
-Vector vector(const py::object& o) {
-  Vector v;
-  if (o.is_none()) return v;
-  v.data = reinterpret_cast<const void*>(integer(o.ptr(), 0));
-  v.dtype = static_cast<Dtype>(integer(o.ptr(), 1));
-  return v;
+void read(PyObject* o, Vector& v) {
+  if (o == Py_None) return;
+  v.data = address<const void>(o, 0);
+  v.dtype = static_cast<Dtype>(integer(o, 1));
 }
 
+int64_t number(PyObject* o, int64_t) { return PyLong_AsLongLong(o); }
+double number(PyObject* o, double) { return PyFloat_AsDouble(o); }
+Row number(PyObject*, Row) { throw std::invalid_argument("a row comes as an address"); }
+
+// A number, or (address, to be read here): a host value is read here, a device value by the kernel
 template <class T>
-T* address(int64_t p) {
-  return reinterpret_cast<T*>(p);
+void read(PyObject* o, Scalar<T>& s) {
+  if (!PyTuple_Check(o)) {
+    s.value = number(o, T{});
+    return;
+  }
+  const T* p = address<const T>(o, 0);
+  if (flag(o, 1))
+    s.value = *p;
+  else
+    s.device = p;
 }
 
-template <class T>
-T number(const py::object& o) {
-  return o.cast<T>();
+// A number, or (address, to be read here, one a sample)
+void read(PyObject* o, Seeds& s) {
+  if (!PyTuple_Check(o)) {
+    s.value = number(o, int64_t{});
+    return;
+  }
+  const auto* p = address<const int64_t>(o, 0);
+  s.per_sample = flag(o, 2);
+  if (flag(o, 1))
+    s.value = *p;
+  else
+    s.device = p;
 }
+
+// (h, w)
+void read(PyObject* o, Origin& origin) { origin = {integer(o, 0), integer(o, 1)}; }
+
+// (h, h2, residual, weight, bias, shift, groups, eps, silu)
+void read(PyObject* o, Norm& n) {
+  const auto item = [o](Py_ssize_t i) { return PyTuple_GET_ITEM(o, i); };
+  read(item(0), n.h), read(item(1), n.h2), read(item(2), n.residual);
+  read(item(3), n.weight), read(item(4), n.bias), read(item(5), n.shift);
+  n.groups = integer(o, 6);
+  n.eps = number(item(7), double{});
+  n.silu = flag(o, 8);
+}
+
+// (threads, device, stream, scratch)
+void read(PyObject* o, Exec& e) {
+  e.threads = static_cast<int>(integer(o, 0));
+  e.device = static_cast<int>(integer(o, 1));
+  e.stream = address<void>(o, 2);
+  e.scratch = address<void>(o, 3);
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <class T>
+struct from_native {
+  PYBIND11_TYPE_CASTER(T, const_name("tuple"));
+  bool load(handle source, bool) {
+    read(source.ptr(), value);
+    return !PyErr_Occurred();
+  }
+};
+
 template <>
-Row number<Row>(const py::object&) {
-  throw std::invalid_argument("a row comes as an address");
-}
-
-// A number, or (address, on the host): a host value is read here, a device value by the kernel
+struct type_caster<Tensor> : from_native<Tensor> {};
 template <class T>
-Scalar<T> scalar(const py::object& o) {
-  Scalar<T> s;
-  if (!PyTuple_Check(o.ptr())) {
-    s.value = number<T>(o);
-    return s;
-  }
-  const T* p = address<const T>(integer(o.ptr(), 0));
-  if (integer(o.ptr(), 1))
-    s.value = *p;
-  else
-    s.device = p;
-  return s;
-}
+struct type_caster<Scalar<T>> : from_native<Scalar<T>> {};
+template <>
+struct type_caster<Seeds> : from_native<Seeds> {};
+template <>
+struct type_caster<Origin> : from_native<Origin> {};
+template <>
+struct type_caster<Norm> : from_native<Norm> {};
+template <>
+struct type_caster<Exec> : from_native<Exec> {};
 
-// A number, or (address, on the host, one a sample)
-Seeds seeds(const py::object& o) {
-  Seeds s;
-  if (!PyTuple_Check(o.ptr())) {
-    s.value = o.cast<int64_t>();
-    return s;
-  }
-  const auto* p = address<const int64_t>(integer(o.ptr(), 0));
-  s.per_sample = integer(o.ptr(), 2) != 0;
-  if (integer(o.ptr(), 1) && !s.per_sample)
-    s.value = *p;
-  else
-    s.device = p;
-  return s;
-}
+}  // namespace pybind11::detail
 
-Norm norm(const py::object& h, const py::object& h2, const py::object& residual, const py::object& weight,
-          const py::object& bias, const py::object& shift, int64_t groups, double eps, bool silu) {
-  return {tensor(h), tensor(h2), tensor(residual), vector(weight), vector(bias), vector(shift), groups,
-          eps,       silu};
-}
+namespace {
 
-Exec exec(const py::tuple& o) {
-  Exec e;
-  e.threads = static_cast<int>(integer(o.ptr(), 0));
-  e.device = static_cast<int>(integer(o.ptr(), 1));
-  e.stream = reinterpret_cast<void*>(integer(o.ptr(), 2));
-  e.scratch = reinterpret_cast<void*>(integer(o.ptr(), 3));
-  return e;
-}
+// The norms' float32 arrays come as addresses.
+auto* floats(int64_t p) { return reinterpret_cast<float*>(p); }
 
-#define SR3FAST_BIND(home)                                                                                   \
-  void bind_##home(py::module_ m) {                                                                          \
-    m.def("noise", [](py::object out, py::object seed, py::object step, uint32_t domain, int64_t h0,         \
-                      int64_t w0, py::tuple on) {                                                            \
-      const auto a = tensor(out);                                                                            \
-      const auto s = seeds(seed);                                                                            \
-      const auto t = scalar<int64_t>(step);                                                                  \
-      const auto e = exec(on);                                                                               \
-      py::gil_scoped_release release;                                                                        \
-      home::noise(a, s, t, domain, {h0, w0}, e);                                                             \
-    });                                                                                                      \
-    m.def("refine", [](py::object out, py::object into, py::object y, py::object eps_hat, py::object alpha,  \
-                       py::object gamma, py::object seed, py::object step, py::object z, int64_t h0,         \
-                       int64_t w0, py::tuple on) {                                                           \
-      const auto a = tensor(out), b = tensor(into), c = tensor(y), d = tensor(eps_hat), f = tensor(z);       \
-      const auto al = scalar<double>(alpha), ga = scalar<double>(gamma);                                     \
-      const auto s = seeds(seed);                                                                            \
-      const auto t = scalar<int64_t>(step);                                                                  \
-      const auto e = exec(on);                                                                               \
-      py::gil_scoped_release release;                                                                        \
-      home::refine(a, b, c, d, al, ga, s, t, f, {h0, w0}, e);                                                \
-    });                                                                                                      \
-    m.def("solver_step", [](py::object out, py::object m_out, py::object into, py::object y,                 \
-                            py::object eps_hat, py::object row, py::object seed, py::object step,            \
-                            py::object m1, py::object m2, py::object z, int64_t h0, int64_t w0,              \
-                            py::tuple on) {                                                                  \
-      const auto a = tensor(out), b = tensor(m_out), c = tensor(into), d = tensor(y), f = tensor(eps_hat);   \
-      const auto g = tensor(m1), h = tensor(m2), i = tensor(z);                                              \
-      const auto r = scalar<Row>(row);                                                                       \
-      const auto s = seeds(seed);                                                                            \
-      const auto t = scalar<int64_t>(step);                                                                  \
-      const auto e = exec(on);                                                                               \
-      py::gil_scoped_release release;                                                                        \
-      home::solver_step(a, b, c, d, f, r, s, t, g, h, i, {h0, w0}, e);                                       \
-    });                                                                                                      \
-    m.def("q_sample", [](py::object out, py::object eps_out, py::object into, py::object y_0,                \
-                         py::object gamma, bool per_sample, py::object seed, py::object step,                \
-                         py::object eps, int64_t h0, int64_t w0, py::tuple on) {                             \
-      const auto a = tensor(out), b = tensor(eps_out), c = tensor(into), d = tensor(y_0), f = tensor(eps);   \
-      auto ga = scalar<double>(gamma);                                                                       \
-      if (per_sample) ga.device = address<const double>(integer(gamma.ptr(), 0));                            \
-      const auto s = seeds(seed);                                                                            \
-      const auto t = scalar<int64_t>(step);                                                                  \
-      const auto e = exec(on);                                                                               \
-      py::gil_scoped_release release;                                                                        \
-      home::q_sample(a, b, c, d, ga, per_sample, s, t, f, {h0, w0}, e);                                      \
-    });                                                                                                      \
-    m.def("group_norm_silu", [](py::object out, py::object s, int64_t mean, int64_t rstd, py::object h,      \
-                                py::object h2, py::object residual, py::object weight, py::object bias,      \
-                                py::object shift, int64_t groups, double eps, bool silu, py::tuple on) {     \
-      const auto a = tensor(out), b = tensor(s);                                                             \
-      const auto n = norm(h, h2, residual, weight, bias, shift, groups, eps, silu);                          \
-      const auto e = exec(on);                                                                               \
-      py::gil_scoped_release release;                                                                        \
-      home::group_norm_silu(a, b, address<float>(mean), address<float>(rstd), n, e);                         \
-    });                                                                                                      \
-    m.def("group_norm_silu_backward",                                                                        \
-          [](py::object dh, py::object dh2, int64_t dweight, int64_t dbias, int64_t dshift, py::object grad, \
-             py::object grad_s, int64_t mean, int64_t rstd, py::object h, py::object h2, py::object weight,  \
-             py::object bias, py::object shift, int64_t groups, bool silu, py::tuple on) {                   \
-            const auto a = tensor(dh), b = tensor(dh2), c = tensor(grad), d = tensor(grad_s);                \
-            const auto n = norm(h, h2, py::none(), weight, bias, shift, groups, 0.0, silu);                  \
-            const auto e = exec(on);                                                                         \
-            py::gil_scoped_release release;                                                                  \
-            home::group_norm_silu_backward(a, b, address<float>(dweight), address<float>(dbias),             \
-                                           address<float>(dshift), c, d, address<const float>(mean),         \
-                                           address<const float>(rstd), n, e);                                \
-          });                                                                                                \
+#define SR3FAST_BIND(home)                                                                               \
+  void bind_##home(py::module_ m) {                                                                      \
+    const auto without_gil = py::call_guard<py::gil_scoped_release>();                                   \
+    m.def("noise", &home::noise, without_gil);                                                           \
+    m.def("refine", &home::refine, without_gil);                                                         \
+    m.def("solver_step", &home::solver_step, without_gil);                                               \
+    m.def("q_sample", &home::q_sample, without_gil);                                                     \
+    m.def(                                                                                               \
+        "group_norm_silu",                                                                               \
+        [](const Tensor& out, const Tensor& s, int64_t mean, int64_t rstd, const Norm& norm,             \
+           const Exec& exec) { home::group_norm_silu(out, s, floats(mean), floats(rstd), norm, exec); }, \
+        without_gil);                                                                                    \
+    m.def(                                                                                               \
+        "group_norm_silu_backward",                                                                      \
+        [](const Tensor& dh, const Tensor& dh2, int64_t dweight, int64_t dbias, int64_t dshift,          \
+           const Tensor& grad, const Tensor& grad_s, int64_t mean, int64_t rstd, const Norm& norm,       \
+           const Exec& exec) {                                                                           \
+          home::group_norm_silu_backward(dh, dh2, floats(dweight), floats(dbias), floats(dshift), grad,  \
+                                         grad_s, floats(mean), floats(rstd), norm, exec);                \
+        },                                                                                               \
+        without_gil);                                                                                    \
   }
 
 SR3FAST_BIND(cpu)

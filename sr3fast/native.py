@@ -25,12 +25,16 @@ def _vector(t: Tensor | None) -> tuple[int, int] | None:
 
 
 def _scalar(value: float | Tensor) -> float | tuple[int, bool]:
-    """A number, or where it is and whether that is on the host."""
+    """A number, or where it is and whether it can be read there now."""
     return (value.data_ptr(), value.device.type == "cpu") if isinstance(value, Tensor) else value
 
 
 def _seeds(seed: int | Tensor) -> int | tuple[int, bool, bool]:
-    return (seed.data_ptr(), seed.device.type == "cpu", seed.ndim == 1) if isinstance(seed, Tensor) else seed
+    """As `_scalar`, and whether there is one a sample: those are read where they are."""
+    if not isinstance(seed, Tensor):
+        return seed
+    a_sample = seed.ndim == 1
+    return seed.data_ptr(), seed.device.type == "cpu" and not a_sample, a_sample
 
 
 def _address(t: Tensor | None) -> int:
@@ -61,27 +65,29 @@ class Home:
 
     def noise(self, outs, seed, step, domain, origin):
         (out,) = outs
-        self._f.noise(_image(out), _seeds(seed), _scalar(step), domain, *origin, self._exec(out.device))
+        self._f.noise(_image(out), _seeds(seed), _scalar(step), domain, origin, self._exec(out.device))
 
     def refine(self, outs, y_t, eps_hat, alpha, gamma, seed, step, z, origin):
         out, into = outs
         self._f.refine(
             *(_image(out), _image(into), _image(y_t), _image(eps_hat), _scalar(alpha), _scalar(gamma)),
-            *(_seeds(seed), _scalar(step), _image(z), *origin, self._exec(y_t.device)),
+            *(_seeds(seed), _scalar(step), _image(z), origin, self._exec(y_t.device)),
         )
 
     def solver_step(self, outs, y, eps_hat, row, seed, step, m1, m2, z, origin):
         out, m, into = outs
         self._f.solver_step(
             *(_image(out), _image(m), _image(into), _image(y), _image(eps_hat), _scalar(row), _seeds(seed)),
-            *(_scalar(step), _image(m1), _image(m2), _image(z), *origin, self._exec(y.device)),
+            *(_scalar(step), _image(m1), _image(m2), _image(z), origin, self._exec(y.device)),
         )
 
     def q_sample(self, outs, y_0, gamma, seed, step, eps, origin):
         out, eps_out, into = outs
+        a_sample = gamma.ndim == 1
         self._f.q_sample(
-            *(_image(out), _image(eps_out), _image(into), _image(y_0), _scalar(gamma), gamma.ndim == 1),
-            *(_seeds(seed), _scalar(step), _image(eps), *origin, self._exec(y_0.device)),
+            *(_image(out), _image(eps_out), _image(into), _image(y_0)),
+            *((gamma.data_ptr(), False) if a_sample else _scalar(gamma), a_sample),
+            *(_seeds(seed), _scalar(step), _image(eps), origin, self._exec(y_0.device)),
         )
 
     def group_norm_silu(self, outs, h, h2, weight, bias, groups, eps, shift, silu):
@@ -94,18 +100,18 @@ class Home:
 
     def _norm(self, out, s, mean, rstd, h, h2, residual, weight, bias, groups, eps, shift, silu):
         on, _scratch = self._norm_exec(h, out.shape[1])
+        norm = (_image(h), _image(h2), _image(residual), _vector(weight), _vector(bias), _vector(shift))
         self._f.group_norm_silu(
-            *(_image(out), _image(s), _address(mean), _address(rstd), _image(h), _image(h2), _image(residual)),
-            *(_vector(weight), _vector(bias), _vector(shift), groups, eps, silu, on),
+            *(_image(out), _image(s), _address(mean), _address(rstd), (*norm, groups, eps, silu), on)
         )
 
     def group_norm_silu_backward(self, outs, grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s):
         dh, dh2, dweight, dbias, dshift = outs
         on, _scratch = self._norm_exec(h, grad.shape[1])
+        norm = (_image(h), _image(h2), None, _vector(weight), _vector(bias), _vector(shift))
         self._f.group_norm_silu_backward(
             *(_image(dh), _image(dh2), _address(dweight), _address(dbias), _address(dshift), _image(grad)),
-            *(_image(grad_s), _address(mean), _address(rstd), _image(h), _image(h2), _vector(weight)),
-            *(_vector(bias), _vector(shift), groups, silu, on),
+            *(_image(grad_s), _address(mean), _address(rstd), (*norm, groups, 0.0, silu), on),
         )
 
 
