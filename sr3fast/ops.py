@@ -1,4 +1,4 @@
-"""The fused ops: one contract, checked once here; the homes in `backend.py` trust their caller.
+"""The fused ops: one contract (contract.py), checked once; the homes in `backend.py` trust their caller.
 
 Tensors are [B, C, H, W]. Every op is registered with torch.library, so it works under torch.compile and autograd.
 `seed` is an int (sample i uses seed + i), B ints, or an int64 tensor [B] holding the 64 bits; `step`, `alpha_t`,
@@ -12,9 +12,7 @@ Gradients are those of reverse mode, once: to images, norm parameters and shift,
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -22,13 +20,35 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import backend
 from . import noise as noise_v1
-
-Origin = tuple[int, int]
-Seed = int | Sequence[int] | Tensor
-Pair = tuple[Tensor, Tensor]
-
-HALF = (torch.float16, torch.bfloat16)
-FLOATS = (torch.float32, *HALF)
+from .contract import (
+    FLOATS,
+    PLAIN,
+    Origin,
+    Pair,
+    Seed,
+    as_alpha_gamma,
+    as_dense,
+    as_float64,
+    as_gamma,
+    as_int64,
+    as_integer,
+    as_like,
+    as_origin,
+    as_pair,
+    as_seed,
+    as_step,
+    check_channels,
+    check_constant,
+    check_device,
+    check_image,
+    check_norm,
+    check_out,
+    check_outputs,
+    check_scalar_device,
+    is_readable,
+    layout_of,
+    step_inputs,
+)
 
 
 def noise(
@@ -61,18 +81,18 @@ def noise(
     """
     if len(shape) != 4 or any(n < 0 for n in shape):
         raise ValueError(f"shape must be [B, C, H, W]: got {tuple(shape)}")
-    _check_channels(shape[1])
+    check_channels(shape[1])
     if dtype not in FLOATS:
         raise TypeError(f"noise comes in float32, float16 or bfloat16: got {dtype}")
-    domain = _integer("domain", domain)
+    domain = as_integer("domain", domain)
     if not 0 <= domain < 65536:
         raise ValueError(f"domain must be in 0 .. 65535: got {domain}")
     device = torch.device("cpu") if device is None else torch.device(device)
-    seed, step = _seed(seed, shape[0], device), _step(step, 0, device)
-    place = (domain, *_origin(origin, shape))
+    seed, step = as_seed(seed, shape[0], device), as_step(step, 0, device)
+    place = (domain, *as_origin(origin, shape))
     if not _watched():
         return _noise(seed, step, shape, *place, dtype, device)
-    return torch.ops.sr3fast.noise(_int64(seed), _int64(step), list(shape), *place, dtype, device)
+    return torch.ops.sr3fast.noise(as_int64(seed), as_int64(step), list(shape), *place, dtype, device)
 
 
 def refine(
@@ -110,15 +130,15 @@ def refine(
     Raises:
         ValueError, TypeError: see the ranges above.
     """
-    y, eps_hat, seed, z, origin = _step_inputs("y_t", y_t, eps_hat, seed, z, origin)
-    alpha, gamma = _alpha_gamma(alpha_t, gamma_t, y.device)
-    step = _step(step, 1, y.device)
+    y, eps_hat, seed, z, origin = step_inputs("y_t", y_t, eps_hat, seed, z, origin)
+    alpha, gamma = as_alpha_gamma(alpha_t, gamma_t, y.device)
+    step = as_step(step, 1, y.device)
     if out is not None or into is not None:
-        out = _outputs(y, {"y_t": y_t, "eps_hat": eps_hat, "z": z}, out, into)
+        out = check_outputs(y, {"y_t": y_t, "eps_hat": eps_hat, "z": z}, out, into)
         if not _watched(y, eps_hat, z, out, into):
             _refine_out(y, eps_hat, alpha, gamma, seed, step, z, *origin, out, into)
             return out
-    args = (y, eps_hat, _float64(alpha), _float64(gamma), _int64(seed), _int64(step), z, *origin)
+    args = (y, eps_hat, as_float64(alpha), as_float64(gamma), as_int64(seed), as_int64(step), z, *origin)
     if out is None:
         return torch.ops.sr3fast.refine(*args)
     _dispatch("refine_out", args, out, into)
@@ -164,43 +184,43 @@ def solver_step(
         ValueError, TypeError: wrong shapes, dtypes or devices; a row that reads history that was not given.
     """
     given = y
-    y, eps_hat, seed, z, origin = _step_inputs("y", y, eps_hat, seed, z, origin)
+    y, eps_hat, seed, z, origin = step_inputs("y", y, eps_hat, seed, z, origin)
     if len(history) > 2:
         raise ValueError(f"history holds at most m_(t+1) and m_(t+2): got {len(history)} tensors")
-    m1, m2 = [_like("history", m, y) for m in history] + [None] * (2 - len(history))
+    m1, m2 = [as_like("history", m, y) for m in history] + [None] * (2 - len(history))
     if not isinstance(row, Tensor):
         if len(row) != 9:
             raise ValueError(f"a row is (recip, ratio, clip, A, B, C0, C1, C2, S), nine numbers: got {len(row)}")
         values = row
         if torch.compiler.is_compiling():
-            row = torch.stack([_float64(v) for v in row]).float()
+            row = torch.stack([as_float64(v) for v in row]).float()
         else:
             row = torch.tensor(row, dtype=torch.float32)
     elif row.shape != (9,) or row.dtype != torch.float32:
         raise ValueError(f"a row tensor must be float32 [9]: got {row.dtype} {tuple(row.shape)}")
     else:
-        _check_constant("row", row)
+        check_constant("row", row)
         row = row.detach().resolve_neg().contiguous()
-        values = row.tolist() if len(history) < 2 and _readable(row) else ()
+        values = row.tolist() if len(history) < 2 and is_readable(row) else ()
     if any(v != v for v in values):
         raise ValueError(f"a row holds numbers: got nan in {tuple(values)}")
     for name, coefficient, m in zip(("C1", "C2"), values[6:8], (m1, m2), strict=False):
         if coefficient != 0 and m is None:
             raise ValueError(f"the row has {name}={coefficient:g} but history holds {len(history)} tensors")
-    _check_scalar_device("row", row, y.device)
-    step = _step(step, 1, y.device)
+    check_scalar_device("row", row, y.device)
+    step = as_step(step, 1, y.device)
     if out is None and into is None:
-        return torch.ops.sr3fast.solver_step(y, eps_hat, row, _int64(seed), _int64(step), m1, m2, z, *origin)
-    y_out, m_out = _two(out)
+        return torch.ops.sr3fast.solver_step(y, eps_hat, row, as_int64(seed), as_int64(step), m1, m2, z, *origin)
+    y_out, m_out = as_pair(out)
     inputs = {"y": given, "eps_hat": eps_hat, "z": z}
-    y_out = _outputs(y, {**inputs, "m1": m1, "m2": m2}, y_out, into)
+    y_out = check_outputs(y, {**inputs, "m1": m1, "m2": m2}, y_out, into)
     if m_out is not None:
         # an element of m_{t+1}, m_{t+2} is read before the same element of m is written
         others = {**inputs, "m1": m1, "m2": m2, "out": y_out, "into": into}
-        _check_out("m", m_out, y, others, may_be=("m1", "m2"))
+        check_out("m", m_out, y, others, may_be=("m1", "m2"))
     outs, rest = (y_out, m_out, into), (m1, m2, z, *origin)
     if _watched(y, eps_hat, m1, m2, z, *outs):
-        _dispatch("solver_step_out", (y, eps_hat, row, _int64(seed), _int64(step), *rest), *outs)
+        _dispatch("solver_step_out", (y, eps_hat, row, as_int64(seed), as_int64(step), *rest), *outs)
     else:
         _solver_step_out(y, eps_hat, row, seed, step, *rest, *outs)
     return y_out, y.new_empty(0) if m_out is None else m_out
@@ -241,32 +261,32 @@ def q_sample(
     Raises:
         ValueError, TypeError: see the ranges above.
     """
-    _check_image("y_0", y_0, FLOATS)
-    y = _dense(y_0)
+    check_image("y_0", y_0, FLOATS)
+    y = as_dense(y_0)
     if eps is not None:
         if eps.dtype != y.dtype:
             raise TypeError(f"eps must have y_0's dtype: got {eps.dtype} and {y.dtype}")
         given_eps = eps
-        eps = _like("eps", eps, y, FLOATS)
+        eps = as_like("eps", eps, y, FLOATS)
     elif seed is None:
         raise ValueError("q_sample needs a seed or eps: got neither")
-    gamma = _gamma(gamma, y)
-    seed, step = _seed(0 if seed is None else seed, y.shape[0], y.device), _step(step, 0, y.device)
-    place = _origin(origin, y.shape)
+    gamma = as_gamma(gamma, y)
+    seed, step = as_seed(0 if seed is None else seed, y.shape[0], y.device), as_step(step, 0, y.device)
+    place = as_origin(origin, y.shape)
     if out is None and into is None:
-        y_t, drawn = torch.ops.sr3fast.q_sample(y, gamma, _int64(seed), _int64(step), eps, *place)
+        y_t, drawn = torch.ops.sr3fast.q_sample(y, gamma, as_int64(seed), as_int64(step), eps, *place)
         return y_t, drawn if eps is None else given_eps
-    y_out, eps_out = _two(out)
-    y_out = _outputs(y, {"y_0": y_0, "eps": eps}, y_out, into)
+    y_out, eps_out = as_pair(out)
+    y_out = check_outputs(y, {"y_0": y_0, "eps": eps}, y_out, into)
     if eps is not None and eps_out is not None:
         raise ValueError("out has a place for eps, but eps was given")
     if eps_out is not None:
-        _check_out("eps", eps_out, y, {"y_0": y_0, "out": y_out, "into": into})
+        check_out("eps", eps_out, y, {"y_0": y_0, "out": y_out, "into": into})
     elif eps is None:
         eps_out = torch.empty_like(y)
     outs = (y_out, eps_out, into)
     if _watched(y, eps, *outs):
-        _dispatch("q_sample_out", (y, gamma, _int64(seed), _int64(step), eps, *place), *outs)
+        _dispatch("q_sample_out", (y, gamma, as_int64(seed), as_int64(step), eps, *place), *outs)
     else:
         _q_sample_out(y, gamma, seed, step, eps, *place, *outs)
     return y_out, given_eps if eps is not None else eps_out  # type: ignore[return-value]
@@ -304,20 +324,20 @@ def group_norm_silu(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; groups that do not divide C.
     """
-    first, second = _two(h, "h")
-    _check_image("h", first, FLOATS)
-    first = _dense(first)
+    first, second = as_pair(h, "h")
+    check_image("h", first, FLOATS)
+    first = as_dense(first)
     channels = first.shape[1]
     if second is not None:
-        _check_image("h[1]", second, (first.dtype,))
-        _check_device("h[1]", second, first.device)
+        check_image("h[1]", second, (first.dtype,))
+        check_device("h[1]", second, first.device)
         if second.shape[0] != first.shape[0] or second.shape[2:] != first.shape[2:]:
             raise ValueError(
                 f"a pair must agree but for the channels: got {tuple(first.shape)} and {tuple(second.shape)}"
             )
-        second = _dense(second, _layout(first))
+        second = as_dense(second, layout_of(first))
         channels += second.shape[1]
-    shift = _check_norm(first, channels, weight, bias, groups, eps, shift)
+    shift = check_norm(first, channels, weight, bias, groups, eps, shift)
     return torch.ops.sr3fast.group_norm_silu(
         first, second, weight.contiguous(), bias.contiguous(), groups, eps, shift, silu
     )[0]
@@ -352,10 +372,10 @@ def add_group_norm_silu(
     Raises:
         ValueError, TypeError: as `group_norm_silu`.
     """
-    _check_image("h", h, FLOATS)
-    h = _dense(h)
-    residual = _like("residual", residual, h, (h.dtype,))
-    shift = _check_norm(h, h.shape[1], weight, bias, groups, eps, shift)
+    check_image("h", h, FLOATS)
+    h = as_dense(h)
+    residual = as_like("residual", residual, h, (h.dtype,))
+    shift = check_norm(h, h.shape[1], weight, bias, groups, eps, shift)
     out, s, _, _ = torch.ops.sr3fast.add_group_norm_silu(
         h, residual, weight.contiguous(), bias.contiguous(), groups, eps, shift, silu
     )
@@ -363,96 +383,7 @@ def add_group_norm_silu(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Checks: each states its rule and the values it met.
-
-
-def _check_image(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor: got {type(t).__name__}")
-    if t.ndim != 4:
-        raise ValueError(f"{name} must be [B, C, H, W]: got {tuple(t.shape)}")
-    if t.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must be {names}: got {str(t.dtype).removeprefix('torch.')}")
-
-
-def _two(value, name: str = "out") -> tuple:
-    """A tensor, or a pair of which the second may be None, as a pair."""
-    if not isinstance(value, (tuple, list)):
-        return value, None
-    if len(value) != 2:
-        raise ValueError(f"{name} must be a tensor or a pair: got {len(value)} of them")
-    return tuple(value)
-
-
-def _integer(name: str, value: int) -> int:
-    if isinstance(value, int):
-        return value
-    if not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int: got {type(value).__name__}")
-    return int(value)
-
-
-def _real(name: str, value: float) -> float:
-    if isinstance(value, float):
-        return value
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number or a tensor: got {type(value).__name__}")
-    return float(value)
-
-
-def _check_constant(name: str, t: Tensor) -> None:
-    if t.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require grad: there is no derivative to it (pass {name}.detach())")
-
-
-def _check_channels(channels: int) -> None:
-    if channels > 65536:
-        raise ValueError(f"noise v1 numbers at most 65536 channels: got {channels}")
-
-
-def _check_device(name: str, t: Tensor, device: torch.device) -> None:
-    if t.device != device:
-        raise ValueError(f"all tensors must be on one device: got {name} on {t.device} and the rest on {device}")
-
-
-def _check_scalar_device(name: str, t: Tensor, device: torch.device) -> None:
-    if t.device.type != "cpu" and t.device != device:
-        raise ValueError(f"{name} must be on the host or on {device}: got {t.device}")
-
-
-def _layout(t: Tensor) -> torch.memory_format:
-    if not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _dense(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
-    if layout is None:
-        if t.is_contiguous():
-            return t
-        layout = _layout(t)
-    return t.contiguous(memory_format=layout)
-
-
-def _like(name: str, t: Tensor, y: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Tensor:
-    """Check that t goes with y, and bring it to y's layout."""
-    _check_image(name, t, dtypes)
-    if t.shape != y.shape:
-        raise ValueError(f"{name} must have the shape {tuple(y.shape)}: got {tuple(t.shape)}")
-    _check_device(name, t, y.device)
-    return _dense(t, _layout(y))
-
-
-def _origin(origin: Origin, shape: Sequence[int]) -> Origin:
-    if origin == (0, 0):
-        return 0, 0
-    h0, w0 = (_integer("origin", v) for v in origin)
-    if not (0 <= h0 <= (1 << 32) - shape[2] and 0 <= w0 <= (1 << 32) - shape[3]):
-        raise ValueError(
-            f"origin must be in 0 .. 2^32 - 1, as must every pixel: got {(h0, w0)} for {shape[2]} x {shape[3]}"
-        )
-    return h0, w0
+# Calls: through torch's dispatcher, or straight to a home.
 
 
 def _watched(*tensors: Tensor | None) -> bool:
@@ -461,12 +392,9 @@ def _watched(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
     for t in tensors:  # noqa: SIM110 (twice as fast as any())
-        if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN or t.is_meta or t.is_neg()):
             return True
     return False
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _dispatch(op: str, inputs: Sequence, *outs: Tensor | None) -> None:
@@ -482,233 +410,6 @@ def _written(*tensors: Tensor | None) -> None:
     for t in tensors:
         if t is not None and not t.is_inference():
             torch.autograd.graph.increment_version(t)
-
-
-def _int64(value: int | Tensor) -> Tensor:
-    """A number as the dispatcher takes it: a tensor on the host."""
-    return value if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=torch.int64)
-
-
-def _float64(value: float | Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if torch.compiler.is_compiling():  # where the other would compile anew for every other float
-        return torch.ones((), dtype=torch.float64) * value
-    return torch.scalar_tensor(value, dtype=torch.float64)
-
-
-def _seed(seed: Seed, batch: int, device: torch.device) -> int | Tensor:
-    """The 64 bits as an int64: a number or tensor of which sample i uses seed + i, or a tensor [B]."""
-    if isinstance(seed, (int, Integral)) and not isinstance(seed, bool):
-        return noise_v1.signed64(int(seed))
-    if isinstance(seed, Tensor) and seed.ndim == 0 and seed.dtype == torch.int64:
-        _check_scalar_device("seed", seed, device)
-        return seed
-    return noise_v1.seeds(seed, batch, device).contiguous()
-
-
-def _step(step: int | Tensor, least: int, device: torch.device) -> int | Tensor:
-    if isinstance(step, Tensor):
-        if step.dtype != torch.int64 or step.numel() != 1:
-            raise TypeError(f"a step tensor must hold one int64: got {step.dtype} {tuple(step.shape)}")
-        _check_scalar_device("step", step, device)
-        if _readable(step):
-            _step(int(step), least, device)
-        return step.view(())
-    step = _integer("step", step)
-    if not least <= step < 1 << 32:
-        raise ValueError(f"step must be in {least} .. 2^32 - 1: got {step}")
-    return step
-
-
-def _readable(t: Tensor) -> bool:
-    """Is its value at hand? A tensor on the GPU stays there, and one that is traced has no value yet."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _one_number(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
-    """A float, or a float64 tensor of one element where the kernel is to read it."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be one number: got a tensor {tuple(value.shape)}")
-        if value.is_complex():
-            raise TypeError(f"{name} must be real: got {value.dtype}")
-        _check_scalar_device(name, value, device)
-        _check_constant(name, value)
-        return value.detach().to(torch.float64).resolve_neg().view(())
-    return _real(name, value)
-
-
-def _alpha_gamma(
-    alpha: float | Tensor, gamma: float | Tensor, device: torch.device
-) -> tuple[float | Tensor, float | Tensor]:
-    alpha, gamma = _one_number("alpha_t", alpha, device), _one_number("gamma_t", gamma, device)
-    least = 0.0
-    if not isinstance(gamma, Tensor) or _readable(gamma):
-        least = float(gamma)
-        if not 0 < least < 1:
-            raise ValueError(f"gamma_t must be in (0, 1): got {least}")
-    if not isinstance(alpha, Tensor) or _readable(alpha):
-        value = float(alpha)
-        if not (least <= value <= 1 and value > 0):
-            raise ValueError(f"alpha_t must be in [gamma_t, 1] = [{least}, 1]: got {value}")
-    if isinstance(alpha, Tensor) or isinstance(gamma, Tensor):  # the kernel reads both from one side
-        alpha, gamma = _float64(alpha), _float64(gamma)
-        if alpha.device != gamma.device:
-            alpha, gamma = alpha.to(device), gamma.to(device)
-    return alpha, gamma
-
-
-def _gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
-    """float64, 0-dim or [B]."""
-    if not isinstance(gamma, Tensor):
-        gamma = _real("gamma", gamma)
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma must be in (0, 1]: got {gamma}")
-        return _float64(gamma)
-    if not gamma.is_floating_point():
-        raise TypeError(f"gamma must be floating point: got {gamma.dtype}")
-    if gamma.numel() != 1 and gamma.shape != (y.shape[0],):
-        raise ValueError(f"gamma must be one number or [B]: got {tuple(gamma.shape)} for a batch of {y.shape[0]}")
-    _check_scalar_device("gamma", gamma, y.device)
-    _check_constant("gamma", gamma)
-    gamma = gamma.detach().double().resolve_neg()
-    if _readable(gamma):
-        low, high = (gamma.min().item(), gamma.max().item()) if gamma.numel() else (1.0, 1.0)
-        if not (low > 0 and high <= 1):
-            raise ValueError(f"gamma must be in (0, 1]: got values from {low} to {high}")
-    if gamma.numel() == 1:
-        return gamma.view(())
-    return gamma.to(y.device).contiguous()
-
-
-def _step_inputs(
-    name: str, y: Tensor, eps_hat: Tensor, seed: Seed | None, z: Tensor | None, origin: Origin
-) -> tuple[Tensor, Tensor, int | Tensor, Tensor | None, Origin]:
-    _check_image(name, y, (torch.float32,))
-    _check_channels(y.shape[1])
-    _check_image("eps_hat", eps_hat, FLOATS)
-    if eps_hat.shape != y.shape:
-        raise ValueError(f"eps_hat must have {name}'s shape {tuple(y.shape)}: got {tuple(eps_hat.shape)}")
-    _check_device("eps_hat", eps_hat, y.device)
-    y = _dense(y)
-    if z is not None:
-        z = _like("z", z, y)
-    elif seed is None:
-        raise ValueError("a step needs a seed or z: got neither")
-    seed = _seed(0 if seed is None else seed, y.shape[0], y.device)
-    return y, eps_hat, seed, z, _origin(origin, y.shape)
-
-
-def _outputs(y: Tensor, inputs: dict[str, Tensor | None], out: Tensor | None, into: Tensor | None) -> Tensor:
-    """Check out= and into= against the inputs; out, made where it was not given, may be the first of them."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs.values() if t is not None):
-        raise ValueError("out= and into= are for inference: an input requires grad (use torch.no_grad())")
-    if out is None:
-        out = torch.empty_like(y)
-    else:
-        _check_out("out", out, y, inputs, may_be=(next(iter(inputs)),))
-    if into is not None:
-        _check_image("into", into, FLOATS)
-        if into.shape != y.shape:
-            raise ValueError(f"into must have the shape {tuple(y.shape)}: got {tuple(into.shape)}")
-        _check_device("into", into, y.device)
-        _check_writable("into", into)
-        _check_apart("into", into, {**inputs, "out": out})
-    return out
-
-
-def _check_out(
-    name: str, out: Tensor, y: Tensor, others: dict[str, Tensor | None], may_be: tuple[str, ...] = ()
-) -> None:
-    _check_image(name, out, (y.dtype,))
-    if out.shape != y.shape:
-        raise ValueError(f"{name} must have the shape {tuple(y.shape)}: got {tuple(out.shape)}")
-    _check_device(name, out, y.device)
-    if out.stride() != y.stride() and out.numel() > 0 and not out.is_contiguous(memory_format=_layout(y)):
-        raise ValueError(f"{name} must have the input's layout, strides {y.stride()}: got {out.stride()}")
-    _check_writable(name, out)
-    _check_apart(name, out, others, may_be)
-
-
-def _check_writable(name: str, t: Tensor) -> None:
-    if t.requires_grad:
-        raise ValueError(f"{name} must not require grad: out= and into= are for inference")
-    if not t.is_contiguous() and _overlaps_itself(t):
-        raise ValueError(f"{name} must not overlap itself in memory: got strides {t.stride()} for {tuple(t.shape)}")
-
-
-def _overlaps_itself(t: Tensor) -> bool:
-    reach = 0  # of the dimensions with smaller strides
-    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
-        if n > 1:
-            if stride <= reach:
-                return True
-            reach += (n - 1) * stride
-    return False
-
-
-def _check_apart(name: str, t: Tensor, others: dict[str, Tensor | None], may_be: tuple[str, ...] = ()) -> None:
-    """t and the others share no memory; one named in may_be may also be t itself."""
-    if torch.compiler.is_compiling() or t.is_meta or type(t) not in _PLAIN:  # no addresses there
-        return
-    low, high = _extent(t)
-    for other_name, other in others.items():
-        if other is None:
-            continue
-        other_low, other_high = _extent(other)
-        if low >= other_high or other_low >= high or other.device != t.device or _interleaved(t, other):
-            continue
-        if not (other_name in may_be and other_low == low and other.stride() == t.stride()):
-            raise ValueError(f"{name} must not overlap {other_name} in memory")
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    if t.is_contiguous():
-        low = t.data_ptr()
-        return low, low + t.nbytes
-    if t.numel() == 0:
-        return 0, 0
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-
-def _interleaved(a: Tensor, b: Tensor) -> bool:
-    """Two channel ranges of one buffer, as of a network's input: their extents cross, their elements do not."""
-    if a.stride() != b.stride() or a.dtype != b.dtype or not a.shape[0] == b.shape[0] > 0:
-        return False
-    apart = abs(a.data_ptr() - b.data_ptr()) // a.element_size()
-    channel = a.stride(1)
-    if apart % channel != 0:
-        return False
-    between = apart // channel
-    wider = min(s for s in (a.stride(0), a.stride(2), a.stride(3)) if s >= channel) if channel else 0
-    return between >= max(a.shape[1], b.shape[1]) and (between + max(a.shape[1], b.shape[1])) * channel <= wider
-
-
-def _check_norm(
-    h: Tensor, channels: int, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None
-) -> Tensor | None:
-    groups = _integer("groups", groups)
-    if groups < 1 or channels % groups != 0:
-        raise ValueError(f"groups must divide the channels: got {channels} channels and groups={groups}")
-    if not (_real("eps", eps) >= 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must not be negative: got {eps}")
-    for name, p, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("shift", shift, (h.shape[0], channels)),
-    ):
-        if p is None and name == "shift":
-            continue
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name} must be a tensor: got {type(p).__name__}")
-        if p.shape != shape:
-            raise ValueError(f"{name} must have the shape {shape}: got {tuple(p.shape)}")
-        if p.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16: got {p.dtype}")
-        _check_device(name, p, h.device)
-    return None if shift is None else shift.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -831,7 +532,7 @@ for _op in ("refine_out", "solver_step_out", "q_sample_out"):
 def _norm_outputs(h, h2, groups):
     channels = h.shape[1] + (0 if h2 is None else h2.shape[1])
     shape = (h.shape[0], channels, *h.shape[2:])
-    out = torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=_layout(h))
+    out = torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=layout_of(h))
     mean = torch.empty((h.shape[0], groups), dtype=torch.float32, device=h.device)
     return out, mean, torch.empty_like(mean)
 
@@ -884,8 +585,8 @@ def _group_norm_silu_backward(grad, h, h2, weight, bias, mean, rstd, groups, shi
     run = backend.find("group_norm_silu_backward", h.device)
     run(
         (dh, None if h2 is None else dh2, dweight, dbias, None if shift is None else dshift),
-        *(_dense(grad, _layout(h)), h, h2, weight, bias, mean, rstd, groups, shift, silu),
-        None if grad_s is None else _dense(grad_s, _layout(h)),
+        *(as_dense(grad, layout_of(h)), h, h2, weight, bias, mean, rstd, groups, shift, silu),
+        None if grad_s is None else as_dense(grad_s, layout_of(h)),
     )
     return outs
 

@@ -11,7 +11,7 @@ KERNELS = PACKAGE.parent / "kernels"
 
 FLOORS = [
     {"noise", "schedule", "image"},
-    {"reference", "solver", "backend", "native"},
+    {"reference", "solver", "backend", "native", "contract"},
     {"ops"},
     {"unet"},
     {"weights", "engine"},
