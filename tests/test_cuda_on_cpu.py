@@ -192,7 +192,9 @@ WAYS = [
     ((1, 64, 32, 32), 32, NCHW, BF16, HOPPER, (1, 1), (2, 2)),
     ((1, 8, 128, 128), 2, NHWC, F32, CLUSTERS, (1, 8), (2, 16)),  # 512 KB and 1 MB in blocks of 64 KB
     ((1, 8, 128, 128), 2, NHWC, F32, NARROW_CLUSTERS, (1, 8), (2, 8)),  # narrower slices
-    ((1, 8, 128, 128), 2, NHWC, F32, CLUSTERS_OF_2, (2, 1), (3, 1)),
+    ((1, 8, 128, 128), 2, NHWC, F32, CLUSTERS_OF_2, (1, 2), (3, 1)),  # a block of 128 KB a multiprocessor
+    ((1, 8, 96, 96), 2, NHWC, F32, CLUSTERS_OF_2, (1, 2), (2, 2)),
+    ((1, 4, 128, 128), 1, NHWC, F32, CLUSTERS_OF_2, (2, 1), (3, 1)),  # which would leave half of them idle
     ((1, 8, 64, 64), 2, NHWC, F32, CLUSTERS_OF_2, (1, 2), (2, 2)),
     ((1, 8, 128, 128), 2, NHWC, F32, NO_CLUSTERS, (2, 1), (3, 1)),
     ((1, 8, 128, 128), 2, NHWC, F32, AMPERE, (2, 1), (3, 1)),

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "../common/ops.h"
 
@@ -197,20 +197,20 @@ inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute& cl
   return config;
 }
 
-// ask(), once a kernel and device: the driver takes microseconds to answer.
+// ask(), once a kernel, device and number: the driver takes microseconds to answer.
 class Once {
  public:
   template <class Ask>
-  int operator()(const void* kernel, int device, Ask&& ask) {
+  int operator()(const void* kernel, int device, int64_t number, Ask&& ask) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto key = std::make_pair(kernel, device);
+    const auto key = std::make_tuple(kernel, device, number);
     const auto found = known_.find(key);
     return found != known_.end() ? found->second : known_.emplace(key, ask()).first->second;
   }
 
  private:
   std::mutex mutex_;
-  std::map<std::pair<const void*, int>, int> known_;
+  std::map<std::tuple<const void*, int, int64_t>, int> known_;
 };
 
 // Above 48 KB of shared memory and clusters of 8, which run anywhere, a kernel must be told. It is told the
@@ -218,7 +218,7 @@ class Once {
 inline void allow(const char* what, const void* kernel, const Launch& l, int device) {
   if (l.shared <= 48 * 1024 && l.cluster <= 8) return;
   static Once once;
-  once(kernel, device, [&] {
+  once(kernel, device, 0, [&] {
     const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
     if (attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9)
@@ -233,9 +233,10 @@ int widest_cluster(Kernel* kernel, int threads, int64_t shared, int device) {
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9) return 1;
   static Once once;
   const void* address = reinterpret_cast<const void*>(kernel);
-  return once(address, device, [&] {
+  return once(address, device, shared, [&] {
+    const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     for (int widest = 16; widest > 1; widest /= 2) {
-      const Launch l{widest, threads, shared, widest, nullptr};
+      const Launch l{widest, threads, shared < most ? shared : most, widest, nullptr};
       allow("cudaFuncSetAttribute", address, l, device);
       cudaLaunchAttribute cluster{};
       const cudaLaunchConfig_t config = configuration(l, cluster);

@@ -24,8 +24,6 @@ struct Fold {
   Fold(uint32_t slice, uint32_t width, uint32_t vector, uint32_t rows_of_block) {
     const uint32_t count = slice / vector;
     while (vector >> log_channels > 1 && width % (2u << log_channels) == 0) ++log_channels;
-    if (vector >> log_channels > 1 && width >> log_channels > 1)
-      log_channels = 0;  // a vector of parts of groups
     while (vector >> log_channels == 1 && log_columns < 5 && width / vector % (2u << log_columns) == 0)
       ++log_columns;
     while (count << log_rows < 32) ++log_rows;
@@ -503,22 +501,32 @@ struct Plan {
     return layout.bytes;
   }
 
-  static void run(const char* op, Arguments a, int64_t batch, const Exec& exec) {
+  // Whether a cluster can hold a slice; then it is done.
+  static bool run_one(const char* op, Arguments& a, int64_t batch, const Exec& exec) {
     const Plan plan{a.sizes};
-    const auto bytes = [&](uint32_t slice) { return plan.bytes(slice); };
-    a.cut = cluster_cut<nhwc>(a.sizes, batch, V, sizeof(T), plan.total(), bytes,
-                              widest_cluster(one_kernel<T, V, nhwc>, kThreads, kMostShared, exec.device),
-                              exec.device);
-    const int64_t shared_by_one = a.cut.parts > 0 ? lay_out(a, true) : 0;
-    if (a.cut.parts > 0 && shared_by_one <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) {
-      launch(op, one_kernel<T, V, nhwc>,
-             {batch * a.cut.slices * a.cut.parts, kThreads, shared_by_one, static_cast<int>(a.cut.parts),
-              exec.stream},
-             a);
-      return;
+    const auto kernel = one_kernel<T, V, nhwc>;
+    for (const Room& room : kRooms) {
+      a.cut = cluster_cut<nhwc>(
+          a.sizes, batch, V, sizeof(T), plan.total(), [&](uint32_t slice) { return plan.bytes(slice); }, room,
+          widest_cluster(kernel, kThreads, room.shared, exec.device), exec.device);
+      if (a.cut.parts == 0) continue;
+      const int64_t shared = lay_out(a, true);
+      if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) continue;
+      launch(
+          op, kernel,
+          {batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts), exec.stream},
+          a);
+      return true;
     }
+    return false;
+  }
+
+  static void run(const char* op, Arguments a, int64_t batch, const Exec& exec) {
+    if (run_one(op, a, batch, exec)) return;
+    const Plan plan{a.sizes};
     check_scratch(op, exec);
-    a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(), bytes);
+    a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(),
+                            [&](uint32_t slice) { return plan.bytes(slice); });
     const int64_t shared = lay_out(a, false);
     check_shared(op, a.cut, shared, exec.device);
     each_chunk(batch, int64_t{a.sizes.channels} * a.sizes.pixels * sizeof(T), exec.device,

@@ -600,21 +600,32 @@ struct Plan {
     return layout.bytes;
   }
 
-  static void run(Arguments a, float* dweight, float* dbias, const Exec& exec) {
-    const char* op = "group_norm_silu_backward";
+  // Whether a cluster can hold a slice; then it is done.
+  static bool run_one(const char* op, Arguments& a, const Exec& exec) {
     const Plan plan{a.sizes};
-    const auto bytes = [&](uint32_t slice) { return plan.bytes(slice); };
-    a.cut =
-        cluster_cut<nhwc>(a.sizes, a.batch, V, sizeof(T), plan.total(), bytes,
-                          widest_cluster(one_kernel<Work>, kThreads, kMostShared, exec.device), exec.device);
-    const int64_t shared_by_one = a.cut.parts > 0 ? lay_out(a, true) : 0;
-    if (a.cut.parts > 0 && shared_by_one <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) {
-      launch(op, one_kernel<Work>,
-             {a.batch * a.cut.slices * a.cut.parts, kThreads, shared_by_one, static_cast<int>(a.cut.parts),
+    const auto kernel = one_kernel<Work>;
+    for (const Room& room : kRooms) {
+      a.cut = cluster_cut<nhwc>(
+          a.sizes, a.batch, V, sizeof(T), plan.total(), [&](uint32_t slice) { return plan.bytes(slice); },
+          room, widest_cluster(kernel, kThreads, room.shared, exec.device), exec.device);
+      if (a.cut.parts == 0) continue;
+      const int64_t shared = lay_out(a, true);
+      if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) continue;
+      launch(op, kernel,
+             {a.batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts),
               exec.stream},
              a);
-    } else {
-      a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(), bytes);
+      return true;
+    }
+    return false;
+  }
+
+  static void run(Arguments a, float* dweight, float* dbias, const Exec& exec) {
+    const char* op = "group_norm_silu_backward";
+    if (!run_one(op, a, exec)) {
+      const Plan plan{a.sizes};
+      a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(),
+                              [&](uint32_t slice) { return plan.bytes(slice); });
       const int64_t shared = lay_out(a, false);
       check_shared(op, a.cut, shared, exec.device);
       each_chunk(a.batch, a.sizes.channels * int64_t{a.sizes.pixels} * 2 * sizeof(T), exec.device,

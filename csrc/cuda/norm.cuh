@@ -220,9 +220,15 @@ inline bool vectors_fit(const Norm& norm, std::initializer_list<const void*> oth
   return fit;
 }
 
-constexpr int64_t kBlockBytes = 64 * 1024;   // kept in a block's shared memory: two blocks a multiprocessor
-constexpr int64_t kLeastBytes = 4 * 1024;    // in each block of a cluster
-constexpr int64_t kMostShared = 110 * 1024;  // of such a block in all, for two blocks a multiprocessor
+// What a block of a cluster keeps in its shared memory; all of that memory, at most; such blocks of a
+// multiprocessor.
+struct Room {
+  int64_t kept, shared;
+  int blocks;
+};
+constexpr int64_t kBlockBytes = 64 * 1024;
+constexpr Room kRooms[] = {{kBlockBytes, 110 * 1024, 2}, {160 * 1024, 220 * 1024, 1}};
+constexpr int64_t kLeastBytes = 4 * 1024;  // kept in each block of a cluster
 constexpr int64_t kChunkBytes =
     30 << 20;  // in L2 from one kernel to the next, or half of L2 where that is less
 
@@ -255,11 +261,14 @@ inline std::array<uint32_t, 2> runs(int vector, int element_bytes) {
 
 // Slice and cluster where one kernel does the work: a slice of `total` pixels or vectors, bytes(slice) in
 // each, in the shared memory of a cluster's blocks. The smallest cluster and widest slice that fill the
-// device, or as many blocks as there can be. parts = 0 where a slice does not fit.
+// device, or as many blocks as there can be. parts = 0 where a slice does not fit, or where a block that has
+// a multiprocessor to itself would leave many without one.
 template <bool nhwc, class Bytes>
 Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, uint32_t total, Bytes&& bytes,
-                int widest, int device) {
-  const int64_t enough = 2 * attribute(cudaDevAttrMultiProcessorCount, device);
+                const Room& room, int widest, int device) {
+  const int64_t multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
+                enough = room.blocks * multiprocessors,
+                least = room.blocks == 1 ? ceil_divide(3 * multiprocessors, 4) : 1;
   Cut best{};
   int64_t best_blocks = 0;
   for (const uint32_t run : runs(vector, element_bytes)) {
@@ -269,15 +278,15 @@ Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, ui
         if (s.channels % slices != 0 || !(nhwc ? slice_fits(s, slice, run) : slice == s.width)) continue;
         const Cut cut = cut_into(s.channels, slice, total, cluster);
         const int64_t kept = cut.size * bytes(slice), blocks = batch * cut.slices * cut.parts;
-        if (cut.parts != cluster || kept > kBlockBytes || (cluster > 1 && kept < kLeastBytes)) continue;
+        if (cut.parts != cluster || kept > room.kept || (cluster > 1 && kept < kLeastBytes)) continue;
         if (blocks <= best_blocks) continue;
         best = cut;
         best_blocks = blocks;
       }
     }
-    if (best_blocks > 0) break;
+    if (best_blocks >= least) return best;
   }
-  return best;
+  return Cut{};
 }
 
 // Slice and parts where two kernels do, a slice of at most 64 vectors, some kBlockBytes a block.
