@@ -103,6 +103,9 @@ __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArgument
   }
 
   const bool estimated = row.c0 != 0.0f || a.m;
+  // as the paper's step is: without a branch for each term that it lacks
+  const bool linear_row = !estimated && row.c1 == 0.0f && row.c2 == 0.0f;
+  const Row linear{0.0f, 0.0f, 0.0f, row.a, row.b, 0.0f, 0.0f, 0.0f, row.s};
 #pragma unroll
   for (int u = 0; u < kQuads; ++u) {
     if (tile.valid(u) <= 0) continue;
@@ -112,10 +115,15 @@ __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArgument
     m1_raw[u].floats(m1);
     m2_raw[u].floats(m2);
     z_raw[u].floats(z);
+    if (linear_row) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (estimated) m[i] = estimate(row, y[i], f[i]);
-      out[i] = update(row, y[i], f[i], m[i], m1[i], m2[i], z[i]);
+      for (int i = 0; i < 4; ++i) out[i] = update(linear, y[i], f[i], 0.0f, 0.0f, 0.0f, z[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (estimated) m[i] = estimate(row, y[i], f[i]);
+        out[i] = update(row, y[i], f[i], m[i], m1[i], m2[i], z[i]);
+      }
     }
     const uint32_t i = tile.start + tile.at(u);
     store<float>(a.out, a.range, i, tile.valid(u), tile.whole, out);
