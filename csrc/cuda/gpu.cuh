@@ -129,6 +129,12 @@ __device__ __forceinline__ void cluster_arrive() {
   __cluster_barrier_arrive();
 #endif
 }
+// the same from a block that has nothing to show its peers but that it runs: no access waits for another
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
+#endif
+}
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();

@@ -425,7 +425,7 @@ __device__ __forceinline__ void merge_parts(const Arguments& a, const Block& blo
 
 template <class T, int V, bool nhwc>
 __global__ void __launch_bounds__(kThreads, 2) one_kernel(const Arguments a) {
-  cluster_arrive();  // a peer's shared memory is there once the peer has started
+  cluster_arrive_relaxed();  // a peer's shared memory is there once the peer has started
   const Block block(a.cut, a.first_sample);
   const uint32_t groups = a.cut.slice / a.sizes.width;
   float2* received = shared_at<float2>(a.received);  // [part, group]

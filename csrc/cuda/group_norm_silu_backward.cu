@@ -496,7 +496,7 @@ __device__ __forceinline__ const Means* merge_parts(const Arguments& a, const Bl
 
 template <class Work>
 __global__ void __launch_bounds__(kThreads, 2) one_kernel(const Arguments a) {
-  cluster_arrive();  // a peer's shared memory is there once the peer has started
+  cluster_arrive_relaxed();  // a peer's shared memory is there once the peer has started
   const Block block(a.cut, a.first_sample);
   const Parameters parameters(a);
   parameters.load(a, block);

@@ -377,6 +377,7 @@ void store_shared(Raw* p, const Raw& v) {
 
 inline char* shared_memory() { return reinterpret_cast<char*>(emulate::current->block->shared); }
 inline void cluster_arrive() { ++emulate::current->block->cluster->arrivals; }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   emulate::Cluster* c = emulate::current->block->cluster;
   const unsigned mine = ++emulate::current->cluster_barriers;
