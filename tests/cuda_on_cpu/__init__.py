@@ -185,47 +185,44 @@ class Functions:
             return _Seeds(0, address, per_sample)
         return _Seeds(ctypes.c_int64.from_address(address).value, None, False)
 
-    def noise(self, out, seed, step, domain, h0, w0, on):
-        place = (_Origin(h0, w0), _Exec(*on))
+    def noise(self, out, seed, step, domain, origin, on):
+        place = (_Origin(*origin), _Exec(*on))
         self._call("noise", _tensor(out), self._seeds(seed), self._scalar(_Int, step), domain, *place)
 
-    def refine(self, out, into, y, eps_hat, alpha, gamma, seed, step, z, h0, w0, on):
+    def refine(self, out, into, y, eps_hat, alpha, gamma, seed, step, z, origin, on):
         self._call(
             "refine",
             *(_tensor(t) for t in (out, into, y, eps_hat)),
             *(self._scalar(_Double, alpha), self._scalar(_Double, gamma), self._seeds(seed)),
-            *(self._scalar(_Int, step), _tensor(z), _Origin(h0, w0), _Exec(*on)),
+            *(self._scalar(_Int, step), _tensor(z), _Origin(*origin), _Exec(*on)),
         )
 
-    def solver_step(self, out, m, into, y, eps_hat, row, seed, step, m1, m2, z, h0, w0, on):
+    def solver_step(self, out, m, into, y, eps_hat, row, seed, step, m1, m2, z, origin, on):
         self._call(
             "solver_step",
             *(_tensor(t) for t in (out, m, into, y, eps_hat)),
             *(self._scalar(_Row, row), self._seeds(seed), self._scalar(_Int, step)),
-            *(_tensor(m1), _tensor(m2), _tensor(z), _Origin(h0, w0), _Exec(*on)),
+            *(_tensor(m1), _tensor(m2), _tensor(z), _Origin(*origin), _Exec(*on)),
         )
 
-    def q_sample(self, out, eps_out, into, y_0, gamma, per_sample, seed, step, eps, h0, w0, on):
+    def q_sample(self, out, eps_out, into, y_0, gamma, per_sample, seed, step, eps, origin, on):
         gamma = _Double(device=gamma[0]) if per_sample else self._scalar(_Double, gamma)
         self._call(
             "q_sample",
             *(_tensor(t) for t in (out, eps_out, into, y_0)),
             *(gamma, int(per_sample), self._seeds(seed), self._scalar(_Int, step), _tensor(eps)),
-            *(_Origin(h0, w0), _Exec(*on)),
+            *(_Origin(*origin), _Exec(*on)),
         )
 
-    def group_norm_silu(self, out, s, mean, rstd, h, h2, residual, weight, bias, shift, groups, eps, silu, on):
-        norm = _norm(h, h2, residual, weight, bias, shift, groups, eps, silu)
-        self._call("group_norm_silu", _tensor(out), _tensor(s), *_addresses(mean, rstd), norm, _Exec(*on))
+    def group_norm_silu(self, out, s, mean, rstd, norm, on):
+        arguments = (_tensor(out), _tensor(s), *_addresses(mean, rstd), _norm(*norm), _Exec(*on))
+        self._call("group_norm_silu", *arguments)
 
-    def group_norm_silu_backward(
-        self, dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd, h, h2, weight, bias, shift, groups, silu, on
-    ):
-        norm = _norm(h, h2, None, weight, bias, shift, groups, 0.0, silu)
+    def group_norm_silu_backward(self, dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd, norm, on):
         self._call(
             "group_norm_silu_backward",
             *(_tensor(dh), _tensor(dh2), *_addresses(dweight, dbias, dshift), _tensor(grad), _tensor(grad_s)),
-            *(*_addresses(mean, rstd), norm, _Exec(*on)),
+            *(*_addresses(mean, rstd), _norm(*norm), _Exec(*on)),
         )
 
 
