@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sr3fast import engine, ops
+from sr3fast import contract, engine, ops
 from sr3fast.engine import Engine, Form
 from sr3fast.sampler import Sampler, network
 from sr3fast.schedule import Schedule
@@ -408,7 +408,8 @@ def captured(monkeypatch, on_cpu_as_on_cuda):
     monkeypatch.setattr(Engine, "start", start)
     monkeypatch.setattr(Engine, "_capture", capture)
     monkeypatch.setattr(Engine, "_turn", lambda self: self._lock)
-    monkeypatch.setattr(ops, "_readable", lambda t: False)  # as if it were on the GPU
+    for module in (ops, contract):
+        monkeypatch.setattr(module, "is_readable", lambda t: False)  # as if it were on the GPU
     monkeypatch.setattr(engine, "ROWS", 8)
     return graphs
 
