@@ -71,19 +71,25 @@ struct Words {
   int64_t vectors_a_line = 0;  // a line begins at a whole vector, with the quad of its first pixel
 };
 
-// Memory that a tile will read or write after its words are drawn: asked for meanwhile, so that memory and
-// arithmetic overlap.
+// What a tile reads and writes, asked for ahead of time, so that memory and arithmetic overlap: the next
+// tile, most often the next in memory, comes as near as the second level of cache while this one is worked
+// on, and this one into the first while its words are drawn.
+template <int N>
 struct Ahead {
-  const float* p[3];
+  const float* p[N];
 
-  SR3FAST_INLINE void touch(int64_t i, int64_t n) const {
-    for (const float* q : p)
-      for (int64_t k = 0; q && k < n; k += 16) __builtin_prefetch(q + i + k);
+  SR3FAST_INLINE void this_tile(int64_t i, int64_t n) const {
+    for (int64_t k = i; k < i + n; k += 16)
+      for (int j = 0; j < N; ++j) __builtin_prefetch(p[j] + k, 0, 3);
+  }
+  SR3FAST_INLINE void next_tile(int64_t i) const {
+    for (int j = 0; j < N; ++j) __builtin_prefetch(p[j] + kTile + i, 0, 2);
   }
 };
 
+template <int M>
 SR3FAST_NOINLINE void draw_words(Words& words, const Tile& t, uint64_t seed, uint32_t domain, uint32_t step,
-                                 Origin origin, const Ahead& ahead) {
+                                 Origin origin, const Ahead<M>& ahead) {
   const int64_t w = t.w + origin.w, first = w / 4, quads = (w + t.pixels + 3) / 4 - first;
   words.vectors_a_line = (quads + kLanes - 1) / kLanes;
   for (int64_t r = 0; r < t.rows; ++r)
@@ -105,7 +111,7 @@ SR3FAST_NOINLINE void draw_words(Words& words, const Tile& t, uint64_t seed, uin
           };
           put(words.a[0], a.a0), put(words.a[1], a.a1), put(words.a[2], a.a2), put(words.a[3], a.a3);
         }
-        ahead.touch((words.vectors + v) * kQuad, N * kQuad);
+        ahead.this_tile((words.vectors + v) * kQuad, N * kQuad);
       });
       words.vectors += words.vectors_a_line;
     }
@@ -143,14 +149,17 @@ SR3FAST_NOINLINE void reorder_drawn(const Words& words, const Tile& t, int64_t i
 }
 
 // Noise v1 of a tile in its order, vector by vector: f(offset, elements left, z).
-template <class F>
+template <int N, class F>
 SR3FAST_NOINLINE void each_normal(const Tile& t, uint64_t seed, uint32_t domain, uint32_t step, Origin origin,
-                                  const Ahead& ahead, F f) {
+                                  const Ahead<N> ahead, F f) {
   Words words;
   draw_words(words, t, seed, domain, step, origin, ahead);
   const int64_t into_quad = (t.w + origin.w) % 4, n = t.numel();
   if (t.channels == 1 && into_quad == 0 && t.pixels == words.vectors_a_line * kQuad) {
-    each_drawn(words, [&](int64_t at, Floats z) { f(at, int64_t{kLanes}, z); });
+    each_drawn(words, [&](int64_t at, Floats z) {
+      ahead.next_tile(at);
+      f(at, int64_t{kLanes}, z);
+    });
     return;
   }
   float z[kTile + kLanes];
@@ -225,7 +234,7 @@ void noise(Tensor out, Seeds seed, Scalar<int64_t> step, uint32_t domain, Origin
   each_tile(out, exec.threads, [&](const Tile& tile) {
     TileOf out_tile(out, tile);
     float* z = out_tile.data();
-    each_normal(tile, seed.of(tile.b), domain, t, origin, {{z}},
+    each_normal(tile, seed.of(tile.b), domain, t, origin, Ahead<1>{{z}},
                 [=](int64_t i, int64_t left, Floats z_i) { store_some(z + i, left, z_i); });
     out_tile.write_back();
   });
@@ -269,7 +278,7 @@ void solver_step(Tensor out, Tensor m, Tensor into, Tensor y, Tensor eps_hat, Sc
       store_some(out_data + i, left, row.a * y_i + row.b * f_i + row.s * z_i);
     };
 
-    const Ahead ahead{{y_data, f_data, out_data}};
+    const Ahead<3> ahead{{y_data, f_data, out_data}};
     if (draws && only_y_and_f) {
       each_normal(tile, seed.of(tile.b), kRefine, t, origin, ahead, refine);
     } else if (draws) {
@@ -312,7 +321,7 @@ void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double
       const int64_t n = tile.numel();
       for (int64_t i = 0; i < n; i += kLanes) diffuse(i, n - i, load_some(eps_data + i, n - i, 0.0f));
     } else {
-      const Ahead ahead{{y_data, out_data, eps_out_data}};
+      const Ahead<3> ahead{{y_data, out_data, eps_out_data ? eps_out_data : out_data}};
       each_normal(tile, seed.of(tile.b), kTrain, t, origin, ahead, diffuse);
     }
     out_tile.write_back();
