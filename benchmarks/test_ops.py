@@ -6,6 +6,7 @@ not agree with the reference is not timed: the benchmark fails.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -148,6 +149,10 @@ class Case:
     def leaves(self, t: Inputs) -> list[torch.Tensor]:
         return [v for k, v in t.items() if k != "grad"]
 
+    def mode(self) -> contextlib.AbstractContextManager[Any]:
+        """Inference, but for what has a backward pass: as a loop around the calls has it."""
+        return torch.set_grad_enabled("backward" in self.does)
+
     def runner(self, f: Callable[[Inputs], Any], sets: list[Inputs]) -> Callable[[int], Any]:
         """f over the rotating inputs, in the part (forward, backward, both) that is measured."""
 
@@ -170,8 +175,7 @@ class Case:
         else:
 
             def run(i: int) -> Any:
-                with torch.no_grad():
-                    return f(sets[i % len(sets)])
+                return f(sets[i % len(sets)])
 
         return run
 
@@ -260,7 +264,7 @@ def copy_of(case: Case) -> Callable[[int], Any]:
 def times_of(case: Case, home: str) -> dict[str, list[float]]:
     """A copy, eager and the home in turn. The home is forced once for all of them: only ours asks for it."""
     sets = input_sets(case)
-    with backend.use(home):
+    with backend.use(home), case.mode():
         contestants = {
             "copy": copy_of(case),
             "eager": case.runner(case.eager, sets),
@@ -326,7 +330,8 @@ def test_against_torch_compile(benchmark, results, case):
     sets = input_sets(case)
     torch._dynamo.reset()
     compiled = torch.compile(case.eager, fullgraph=True)
-    times = interleave({"compile": case.runner(compiled, sets), home: case.runner(case.ours, sets)})
+    with case.mode():
+        times = interleave({"compile": case.runner(compiled, sets), home: case.runner(case.ours, sets)})
     ms = {name: statistics.median(values) for name, values in times.items()}
     record = {
         **case.describe(),
