@@ -127,11 +127,15 @@ def diffusers(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
             yield y
 
 
+def plain_copy(unet: UNet) -> Plain:
+    copy = Plain(UNet(**unet.config).to(next(unet.parameters()).device).eval())
+    copy.unet.load_state_dict(unet.state_dict())
+    return copy
+
+
 def low_precision(unet: UNet) -> Plain:
     """A copy with bfloat16 weights, channels_last."""
-    low = Plain(UNet(**unet.config).to(next(unet.parameters()).device).eval())
-    low.unet.load_state_dict(unet.state_dict())
-    return low.to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return plain_copy(unet).to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def variants(unet: UNet, x: Tensor) -> dict[str, Callable[[], Iterator[Tensor]]]:
@@ -197,9 +201,9 @@ def _resident(field: str) -> int:
 @torch.no_grad()
 def check_agreement(unet: UNet, x: Tensor) -> dict[str, float]:
     """Relative RMS errors against the plain float64 network; AssertionError where ours are not as exact as plain
-    PyTorch's in float32 and in bfloat16 autocast."""
-    plain, exact = Plain(unet), Plain(UNet(**unet.config).to(x.device, torch.float64).eval())
-    exact.unet.load_state_dict(unet.state_dict())
+    PyTorch's in our layout, in float32 and in bfloat16 autocast."""
+    plain = plain_copy(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    exact = plain_copy(unet).double()
     y = torch.randn(len(x), 3, *x.shape[2:], device=x.device, generator=torch.Generator(x.device).manual_seed(1))
     level = torch.full((1,), 0.6, device=x.device)
     tf32 = torch.backends.cudnn.allow_tf32

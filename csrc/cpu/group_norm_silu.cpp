@@ -116,10 +116,10 @@ SR3FAST_INLINE void add_plane(T* s, const T* h, const T* residual, float shift, 
 }
 
 template <bool silu, class T>
-SR3FAST_INLINE void normalise_plane(T* out, const T* h, int64_t n, Affine a) {
+SR3FAST_INLINE void normalise_plane(T* out, const T* h, int64_t n, Affine a, bool far) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    store(out + i, activate<silu>((load(h + i) - a.mean) * a.scale + a.bias));
+    put(out + i, kLanes, activate<silu>((load(h + i) - a.mean) * a.scale + a.bias), far);
   if (i < n)
     store_some(out + i, n - i, activate<silu>((load_some(h + i, n - i, 0.0f) - a.mean) * a.scale + a.bias));
 }
@@ -128,7 +128,7 @@ SR3FAST_INLINE void normalise_plane(T* out, const T* h, int64_t n, Affine a) {
 // NCHW
 
 template <bool silu, class T>
-void forward_nchw(T* out, T* s, float* mean, float* rstd, const Norm& norm, Exec exec) {
+void forward_nchw(T* out, T* s, float* mean, float* rstd, const Norm& norm, bool far, Exec exec) {
   const Pair<T> h(norm);
   const int64_t B = norm.h.size[0], C = h.channels, HW = h.hw, D = C / norm.groups;
   parallel_ranges(threads_for(exec.threads, B * C * HW), B * norm.groups, [&](int64_t begin, int64_t end) {
@@ -155,9 +155,10 @@ void forward_nchw(T* out, T* s, float* mean, float* rstd, const Norm& norm, Exec
       for (int64_t c = first; c < first + D; ++c) {
         Affine a = affine(norm, b, c, C, mean[bg], rstd[bg]);
         if (s) a.mean = mean[bg];
-        normalise_plane<silu>(out + (b * C + c) * HW, s ? s + (b * C + c) * HW : h.plane(b, c), HW, a);
+        normalise_plane<silu>(out + (b * C + c) * HW, s ? s + (b * C + c) * HW : h.plane(b, c), HW, a, far);
       }
     }
+    if (far) end_stream();
   });
 }
 
@@ -226,8 +227,8 @@ SR3FAST_INLINE void merge_pixels(const T* p, int64_t channels, int64_t pixels, f
 
 template <bool silu, class T>
 SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, int64_t channels,
-                                     int64_t pixels, const float* mean, const float* scale,
-                                     const float* bias) {
+                                     int64_t pixels, const float* mean, const float* scale, const float* bias,
+                                     bool far) {
   int64_t c = 0;
   constexpr int kWide = 4;
   for (; c + kWide * kLanes <= channels; c += kWide * kLanes) {
@@ -240,8 +241,8 @@ SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, i
     for (int64_t i = 0; i < pixels; ++i)
       for (int u = 0; u < kWide; ++u) {
         const Floats v = load(h + i * channels + c + u * kLanes);
-        store(out + i * out_channels + c + u * kLanes,
-              activate<silu>((v - means[u]) * scales[u] + biases[u]));
+        put(out + i * out_channels + c + u * kLanes, kLanes,
+            activate<silu>((v - means[u]) * scales[u] + biases[u]), far);
       }
   }
   for (; c < channels; c += kLanes) {
@@ -249,8 +250,8 @@ SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, i
     const Floats m = load_some(mean + c, left, 0.0f), k = load_some(scale + c, left, 0.0f),
                  b = load_some(bias + c, left, 0.0f);
     for (int64_t i = 0; i < pixels; ++i)
-      store_some(out + i * out_channels + c, left,
-                 activate<silu>((load_some(h + i * channels + c, left, 0.0f) - m) * k + b));
+      put(out + i * out_channels + c, left,
+          activate<silu>((load_some(h + i * channels + c, left, 0.0f) - m) * k + b), far);
   }
 }
 
@@ -258,7 +259,7 @@ SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, i
 SR3FAST_INLINE int split_of(int threads, int64_t B) { return B % threads == 0 && threads > 2 ? 1 : threads; }
 
 template <bool silu, class T>
-void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& norm, Exec exec) {
+void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& norm, bool far, Exec exec) {
   const Sides<T> sides(norm);
   const int64_t B = norm.h.size[0], HW = norm.h.size[2] * norm.h.size[3];
   const int64_t C = norm.h.size[1] + (norm.h2 ? norm.h2.size[1] : 0), D = C / norm.groups;
@@ -330,11 +331,12 @@ void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& n
           const T* data = s ? s : side.data;
           normalise_pixels<silu>(out + (b * HW + i) * C + side.first, C, data + (b * HW + i) * side.channels,
                                  side.channels, pixels, means + side.first, scales + side.first,
-                                 biases + side.first);
+                                 biases + side.first, far);
         }
       }
       if (split > 1) barrier();  // the partials are read until here
     }
+    if (far) end_stream();
   });
 }
 
@@ -355,7 +357,8 @@ SR3FAST_INLINE Floats slope_of(Floats grad, Floats x_hat, Floats weight, Floats 
 
 template <bool silu, class T>
 void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dshift, const T* grad,
-                   const T* grad_s, const float* mean, const float* rstd, const Norm& norm, Exec exec) {
+                   const T* grad_s, const float* mean, const float* rstd, const Norm& norm, bool far,
+                   Exec exec) {
   const Pair<T> h(norm);
   const int64_t B = norm.h.size[0], C = h.channels, HW = h.hw, D = C / norm.groups;
   parallel_ranges(threads_for(exec.threads, B * C * HW), B * norm.groups, [&](int64_t begin, int64_t end) {
@@ -402,7 +405,7 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
                 slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
             Floats d = (g * weight - slopes.mean_wg - x_hat * slopes.mean_wgx) * rstd[bg];
             if (grad_s) d += load_some(grad_s + (b * C + c) * HW + i, stop - i, 0.0f);
-            store_some(d_plane + i, stop - i, d);
+            put(d_plane + i, stop - i, d, far);
             if (stop - i < kLanes)
               for (int64_t k = stop - i; k < kLanes; ++k) d[k] = 0.0f;
             sums += d;
@@ -412,12 +415,13 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
         if (dshift) dshift[b * C + c] = static_cast<float>(total);
       }
     }
+    if (far) end_stream();
   });
 }
 
 template <bool silu, class T>
 void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dshift, const T* grad,
-                            const T* grad_s, const float* mean, const float* rstd, const Norm& norm,
+                            const T* grad_s, const float* mean, const float* rstd, const Norm& norm, bool far,
                             Exec exec) {
   const Sides<T> sides(norm);
   const int64_t B = norm.h.size[0], HW = norm.h.size[2] * norm.h.size[3];
@@ -507,7 +511,7 @@ void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, f
           const Floats g = slope_of<silu>(load_some(grad + p * C + all_c, left, 0.0f), x_hat, w, bias);
           Floats d = (g * w - wg - x_hat * wgx) * r;
           if (grad_s) d += load_some(grad_s + p * C + all_c, left, 0.0f);
-          store_some(d_side + p * side.channels + c, left, d);
+          put(d_side + p * side.channels + c, left, d, far);
           sums += d;
         }
         for (int l = 0; l < kLanes && l < left; ++l) mine[2 * C + all_c + l] += sums[l];
@@ -521,6 +525,7 @@ void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, f
         }
       if (split > 1) barrier();
     }
+    if (far) end_stream();
   });
 }
 
@@ -534,7 +539,7 @@ void group_norm_silu(Tensor out, Tensor s, float* mean, float* rstd, const Norm&
     const auto run = norm.h.channels_last() || out.channels_last()
                          ? (norm.silu ? forward_channels_last<true, T> : forward_channels_last<false, T>)
                          : (norm.silu ? forward_nchw<true, T> : forward_nchw<false, T>);
-    run(static_cast<T*>(out.data), static_cast<T*>(s.data), mean, rstd, norm, exec);
+    run(static_cast<T*>(out.data), static_cast<T*>(s.data), mean, rstd, norm, is_large(out), exec);
   });
 }
 
@@ -552,7 +557,8 @@ void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbia
                          ? (norm.silu ? backward_channels_last<true, T> : backward_channels_last<false, T>)
                          : (norm.silu ? backward_nchw<true, T> : backward_nchw<false, T>);
     run(static_cast<T*>(dh.data), static_cast<T*>(dh2.data), dweight_of, dbias_of, dshift,
-        static_cast<const T*>(grad.data), static_cast<const T*>(grad_s.data), mean, rstd, norm, exec);
+        static_cast<const T*>(grad.data), static_cast<const T*>(grad_s.data), mean, rstd, norm, is_large(dh),
+        exec);
   });
   for (int64_t c = 0; c < C; ++c) {
     double weight = 0.0, bias = 0.0;

@@ -269,11 +269,14 @@ SR3FAST_INLINE Floats load(const f16* p) {
 }
 
 SR3FAST_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-SR3FAST_INLINE void store(bf16* p, Floats v) {
+SR3FAST_INLINE Words16 to_bf16(Floats v) {
   const Words32 bits = reinterpret_cast<Words32>(v);
   const Words32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words32 kept = v == v ? rounded : Words32{} + 0x7fc0u;
-  const Words16 half = __builtin_convertvector(kept, Words16);
+  return __builtin_convertvector(kept, Words16);
+}
+SR3FAST_INLINE void store(bf16* p, Floats v) {
+  const Words16 half = to_bf16(v);
   std::memcpy(p, &half, sizeof half);
 }
 SR3FAST_INLINE void store(f16* p, Floats v) {
@@ -293,6 +296,43 @@ template <class T>
 SR3FAST_INLINE void store_some(T* p, int64_t n, Floats v) {
   if (n >= kLanes) return store(p, v);
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+}
+
+// Stores past the caches what is too large to be found there again: the lines need not be read first.
+SR3FAST_INLINE void stream(float* p, Floats v) {
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  store(p, v);
+}
+SR3FAST_INLINE void stream(bf16* p, Floats v) {
+  const Words16 half = to_bf16(v);
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof half == 0)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)half);
+#elif defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof half == 0)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)half);
+#endif
+  std::memcpy(p, &half, sizeof half);
+}
+SR3FAST_INLINE void stream(f16* p, Floats v) { store(p, v); }
+
+// What was streamed is seen by whoever sees what this thread does next.
+SR3FAST_INLINE void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <class T>
+SR3FAST_INLINE void put(T* p, int64_t n, Floats v, bool far) {
+  if (n >= kLanes && far)
+    stream(p, v);
+  else
+    store_some(p, n, v);
 }
 
 SR3FAST_INLINE float sum(Floats v) {
