@@ -1,5 +1,6 @@
 """`make gpu-check` where no GPU is: it starts, says so, and what it would run is sound."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu_check  # noqa: E402
 
+# without them `make` prints as it does for a user, also under `make test`
+OF_AN_OUTER_MAKE = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -19,6 +23,7 @@ def test_the_target_starts_and_asks_for_a_gpu(tmp_path):
     recipe = subprocess.run(
         ["make", "-n", "gpu-check", f"GPU_PYTHON={sys.executable}", f"OUT={tmp_path}"],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in OF_AN_OUTER_MAKE},
         capture_output=True,
         text=True,
         check=True,
