@@ -1,4 +1,5 @@
-// Python to C++: tuples of addresses and sizes in, nothing out. ops.py has checked them; the GIL is released.
+// Python to C++: tensors in, nothing out. ops.py has checked them; the GIL is released. A torch.Tensor is
+// read by the names of its attributes, so that no torch header is needed and one build serves every torch.
 #include <pybind11/pybind11.h>
 
 #include "common/ops.h"
@@ -12,64 +13,106 @@ using namespace sr3fast;
 
 namespace {
 
+// What is asked of a tensor, and what its dtype may be; set when the module is loaded.
+struct Torch {
+  PyObject *data_ptr, *dtype, *is_cpu, *ndim, *shape, *stride;  // names
+  PyObject* dtypes[3];                                          // in the order of Dtype
+
+  void load() {
+    const auto name = PyUnicode_InternFromString;
+    data_ptr = name("data_ptr"), dtype = name("dtype"), is_cpu = name("is_cpu"), ndim = name("ndim");
+    shape = name("shape"), stride = name("stride");
+    const auto module = py::module_::import("torch");
+    int i = 0;
+    for (const char* d : {"float32", "float16", "bfloat16"})
+      dtypes[i++] = py::object(module.attr(d)).release().ptr();
+  }
+} torch;
+
+py::object checked(PyObject* o) {
+  if (!o) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(o);
+}
+py::object attribute(PyObject* o, PyObject* name) { return checked(PyObject_GetAttr(o, name)); }
+py::object call(PyObject* o, PyObject* method) { return checked(PyObject_CallMethodNoArgs(o, method)); }
+
 int64_t integer(PyObject* tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)); }
 bool flag(PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i) == Py_True; }
 
-template <class T>
-T* address(PyObject* tuple, Py_ssize_t i) {
-  return reinterpret_cast<T*>(integer(tuple, i));
+void* address(PyObject* tensor) { return PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr()); }
+
+Dtype dtype(PyObject* tensor) {
+  const auto own = attribute(tensor, torch.dtype);
+  for (int i = 0; i < 3; ++i)
+    if (own.ptr() == torch.dtypes[i]) return static_cast<Dtype>(i);
+  throw py::type_error("a tensor must be float32, float16 or bfloat16");
 }
 
-// What sr3fast/native.py makes of an argument, as the ops take it.
+// The arguments of sr3fast/native.py, as the ops take them.
 
-// (data_ptr, dtype, b, c, h, w, strides of b, c, h, w) or None
+// A tensor [B, C, H, W] or None
 void read(PyObject* o, Tensor& t) {
   if (o == Py_None) return;
-  t.data = address<void>(o, 0);
-  t.dtype = static_cast<Dtype>(integer(o, 1));
+  t.data = address(o);
+  t.dtype = dtype(o);
+  const auto shape = attribute(o, torch.shape), strides = call(o, torch.stride);
   for (int i = 0; i < 4; ++i) {
-    t.size[i] = integer(o, 2 + i);
-    t.stride[i] = integer(o, 6 + i);
+    t.size[i] = integer(shape.ptr(), i);
+    t.stride[i] = integer(strides.ptr(), i);
   }
 }
 
-// (data_ptr, dtype) or None
+// A tensor or None
 void read(PyObject* o, Vector& v) {
   if (o == Py_None) return;
-  v.data = address<const void>(o, 0);
-  v.dtype = static_cast<Dtype>(integer(o, 1));
+  v.data = address(o);
+  v.dtype = dtype(o);
 }
+
+// The same, float32
+struct Array {
+  float* data = nullptr;
+};
+void read(PyObject* o, Array& a) {
+  if (o != Py_None) a.data = static_cast<float*>(address(o));
+}
+
+bool is_number(PyObject* o) { return PyFloat_Check(o) || PyLong_Check(o); }
+bool is_on_host(PyObject* tensor) { return attribute(tensor, torch.is_cpu).ptr() == Py_True; }
+bool is_one_a_sample(PyObject* tensor) { return PyLong_AsLong(attribute(tensor, torch.ndim).ptr()) == 1; }
 
 int64_t number(PyObject* o, int64_t) { return PyLong_AsLongLong(o); }
 double number(PyObject* o, double) { return PyFloat_AsDouble(o); }
-Row number(PyObject*, Row) { throw std::invalid_argument("a row comes as an address"); }
 
-// A number, or (address, to be read here): a host value is read here, a device value by the kernel
+// A number or a tensor: one value on the host is read here, all else by the kernel
 template <class T>
 void read(PyObject* o, Scalar<T>& s) {
-  if (!PyTuple_Check(o)) {
+  if (is_number(o)) {
     s.value = number(o, T{});
     return;
   }
-  const T* p = address<const T>(o, 0);
-  if (flag(o, 1))
+  const auto* p = static_cast<const T*>(address(o));
+  if (is_on_host(o) && !is_one_a_sample(o))
     s.value = *p;
   else
     s.device = p;
 }
 
-// A number, or (address, to be read here, one a sample)
-void read(PyObject* o, Seeds& s) {
-  if (!PyTuple_Check(o)) {
-    s.value = number(o, int64_t{});
-    return;
-  }
-  const auto* p = address<const int64_t>(o, 0);
-  s.per_sample = flag(o, 2);
-  if (flag(o, 1))
+// A tensor [9]
+void read(PyObject* o, Scalar<Row>& s) {
+  const auto* p = static_cast<const Row*>(address(o));
+  if (is_on_host(o))
     s.value = *p;
   else
     s.device = p;
+}
+
+// A number, a tensor, or a tensor [B]
+void read(PyObject* o, Seeds& s) {
+  Scalar<int64_t> one;
+  read(o, one);
+  s.value = one.value, s.device = one.device;
+  s.per_sample = one.device && is_one_a_sample(o);
 }
 
 // (h, w)
@@ -89,8 +132,8 @@ void read(PyObject* o, Norm& n) {
 void read(PyObject* o, Exec& e) {
   e.threads = static_cast<int>(integer(o, 0));
   e.device = static_cast<int>(integer(o, 1));
-  e.stream = address<void>(o, 2);
-  e.scratch = address<void>(o, 3);
+  e.stream = PyLong_AsVoidPtr(PyTuple_GET_ITEM(o, 2));
+  e.scratch = PyLong_AsVoidPtr(PyTuple_GET_ITEM(o, 3));
 }
 
 }  // namespace
@@ -99,7 +142,7 @@ namespace pybind11::detail {
 
 template <class T>
 struct from_native {
-  PYBIND11_TYPE_CASTER(T, const_name("tuple"));
+  PYBIND11_TYPE_CASTER(T, const_name("object"));
   bool load(handle source, bool) {
     read(source.ptr(), value);
     return !PyErr_Occurred();
@@ -108,6 +151,8 @@ struct from_native {
 
 template <>
 struct type_caster<Tensor> : from_native<Tensor> {};
+template <>
+struct type_caster<Array> : from_native<Array> {};
 template <class T>
 struct type_caster<Scalar<T>> : from_native<Scalar<T>> {};
 template <>
@@ -123,30 +168,28 @@ struct type_caster<Exec> : from_native<Exec> {};
 
 namespace {
 
-// The norms' float32 arrays come as addresses.
-auto* floats(int64_t p) { return reinterpret_cast<float*>(p); }
-
-#define SR3FAST_BIND(home)                                                                               \
-  void bind_##home(py::module_ m) {                                                                      \
-    const auto without_gil = py::call_guard<py::gil_scoped_release>();                                   \
-    m.def("noise", &home::noise, without_gil);                                                           \
-    m.def("refine", &home::refine, without_gil);                                                         \
-    m.def("solver_step", &home::solver_step, without_gil);                                               \
-    m.def("q_sample", &home::q_sample, without_gil);                                                     \
-    m.def(                                                                                               \
-        "group_norm_silu",                                                                               \
-        [](const Tensor& out, const Tensor& s, int64_t mean, int64_t rstd, const Norm& norm,             \
-           const Exec& exec) { home::group_norm_silu(out, s, floats(mean), floats(rstd), norm, exec); }, \
-        without_gil);                                                                                    \
-    m.def(                                                                                               \
-        "group_norm_silu_backward",                                                                      \
-        [](const Tensor& dh, const Tensor& dh2, int64_t dweight, int64_t dbias, int64_t dshift,          \
-           const Tensor& grad, const Tensor& grad_s, int64_t mean, int64_t rstd, const Norm& norm,       \
-           const Exec& exec) {                                                                           \
-          home::group_norm_silu_backward(dh, dh2, floats(dweight), floats(dbias), floats(dshift), grad,  \
-                                         grad_s, floats(mean), floats(rstd), norm, exec);                \
-        },                                                                                               \
-        without_gil);                                                                                    \
+#define SR3FAST_BIND(home)                                                                                   \
+  void bind_##home(py::module_ m) {                                                                          \
+    const auto without_gil = py::call_guard<py::gil_scoped_release>();                                       \
+    m.def("noise", &home::noise, without_gil);                                                               \
+    m.def("refine", &home::refine, without_gil);                                                             \
+    m.def("solver_step", &home::solver_step, without_gil);                                                   \
+    m.def("q_sample", &home::q_sample, without_gil);                                                         \
+    m.def(                                                                                                   \
+        "group_norm_silu",                                                                                   \
+        [](const Tensor& out, const Tensor& s, Array mean, Array rstd, const Norm& norm, const Exec& exec) { \
+          home::group_norm_silu(out, s, mean.data, rstd.data, norm, exec);                                   \
+        },                                                                                                   \
+        without_gil);                                                                                        \
+    m.def(                                                                                                   \
+        "group_norm_silu_backward",                                                                          \
+        [](const Tensor& dh, const Tensor& dh2, Array dweight, Array dbias, Array dshift,                    \
+           const Tensor& grad, const Tensor& grad_s, Array mean, Array rstd, const Norm& norm,               \
+           const Exec& exec) {                                                                               \
+          home::group_norm_silu_backward(dh, dh2, dweight.data, dbias.data, dshift.data, grad, grad_s,       \
+                                         mean.data, rstd.data, norm, exec);                                  \
+        },                                                                                                   \
+        without_gil);                                                                                        \
   }
 
 SR3FAST_BIND(cpu)
@@ -158,6 +201,7 @@ SR3FAST_BIND(cuda)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "sr3fast's compiled kernels; sr3fast.native calls them";
+  torch.load();
   auto cpu_module = m.def_submodule("cpu");
   bind_cpu(cpu_module);
   cpu_module.def("isa", &cpu::isa);

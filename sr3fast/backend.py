@@ -83,20 +83,20 @@ def find(op: str, device: torch.device) -> Implementation:
     Raises:
         RuntimeError: the forced home is missing or does not run on this device.
     """
-    return _find(op, device.type, _forced.get())
+    return _find(op, device, _forced.get())
 
 
 @functools.cache
-def _find(op: str, device: str, forced: str | None) -> Implementation:
+def _find(op: str, device: torch.device, forced: str | None) -> Implementation:
     if forced is not None:
         home = _check_home(forced)
-        if not _runs_on(home, device):
+        if not _runs_on(home, device.type):
             raise RuntimeError(f"backend {home!r} was asked for, but it does not run on {device} tensors")
         module = load(home)
         if isinstance(module, str):
             raise RuntimeError(f"backend {home!r} was asked for, but it is not available: {module}")
         return _implementation(module, home, op)
-    for home in HOMES.get(device, ("torch",)):
+    for home in HOMES.get(device.type, ("torch",)):
         module = load(home)
         if not isinstance(module, str):
             return _implementation(module, home, op)

@@ -22,14 +22,19 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def check_image(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_image(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], shape: torch.Size | None = None) -> torch.Size:
+    """t's shape, which must be `shape` if one is given."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(t).__name__}")
-    if t.ndim != 4:
-        raise ValueError(f"{name} must be [B, C, H, W]: got {tuple(t.shape)}")
+    own = t.shape  # asked for once: it is made anew each time
+    if len(own) != 4:
+        raise ValueError(f"{name} must be [B, C, H, W]: got {tuple(own)}")
     if t.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {names}: got {str(t.dtype).removeprefix('torch.')}")
+    if shape is not None and own != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)}: got {tuple(own)}")
+    return own
 
 
 def as_pair(value, name: str = "out") -> tuple:
@@ -93,9 +98,7 @@ def as_dense(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
 
 def as_like(name: str, t: Tensor, y: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Tensor:
     """Check that t goes with y, and bring it to y's layout."""
-    check_image(name, t, dtypes)
-    if t.shape != y.shape:
-        raise ValueError(f"{name} must have the shape {tuple(y.shape)}: got {tuple(t.shape)}")
+    check_image(name, t, dtypes, y.shape)
     check_device(name, t, y.device)
     return as_dense(t, layout_of(y))
 
@@ -126,7 +129,7 @@ def as_float64(value: float | Tensor) -> Tensor:
 
 def as_seed(seed: Seed, batch: int, device: torch.device) -> int | Tensor:
     """The 64 bits as an int64: a number or tensor of which sample i uses seed + i, or a tensor [B]."""
-    if isinstance(seed, (int, Integral)) and not isinstance(seed, bool):
+    if type(seed) is int or (isinstance(seed, Integral) and not isinstance(seed, bool)):
         return noise_v1.signed64(int(seed))
     if isinstance(seed, Tensor) and seed.ndim == 0 and seed.dtype == torch.int64:
         check_scalar_device("seed", seed, device)
@@ -135,6 +138,8 @@ def as_seed(seed: Seed, batch: int, device: torch.device) -> int | Tensor:
 
 
 def as_step(step: int | Tensor, least: int, device: torch.device) -> int | Tensor:
+    if type(step) is int and least <= step < 1 << 32:
+        return step
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.numel() != 1:
             raise TypeError(f"a step tensor must hold one int64: got {step.dtype} {tuple(step.shape)}")
@@ -169,6 +174,8 @@ def _one_number(name: str, value: float | Tensor, device: torch.device) -> float
 def as_alpha_gamma(
     alpha: float | Tensor, gamma: float | Tensor, device: torch.device
 ) -> tuple[float | Tensor, float | Tensor]:
+    if type(alpha) is type(gamma) is float and 0 < gamma <= alpha <= 1 != gamma:
+        return alpha, gamma
     alpha, gamma = _one_number("alpha_t", alpha, device), _one_number("gamma_t", gamma, device)
     least = 0.0
     if not isinstance(gamma, Tensor) or is_readable(gamma):
@@ -212,19 +219,18 @@ def as_gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
 def step_inputs(
     name: str, y: Tensor, eps_hat: Tensor, seed: Seed | None, z: Tensor | None, origin: Origin
 ) -> tuple[Tensor, Tensor, int | Tensor, Tensor | None, Origin]:
-    check_image(name, y, (torch.float32,))
-    check_channels(y.shape[1])
-    check_image("eps_hat", eps_hat, FLOATS)
-    if eps_hat.shape != y.shape:
-        raise ValueError(f"eps_hat must have {name}'s shape {tuple(y.shape)}: got {tuple(eps_hat.shape)}")
-    check_device("eps_hat", eps_hat, y.device)
+    shape = check_image(name, y, (torch.float32,))
+    check_channels(shape[1])
+    check_image("eps_hat", eps_hat, FLOATS, shape)
+    device = y.device
+    check_device("eps_hat", eps_hat, device)
     y = as_dense(y)
     if z is not None:
         z = as_like("z", z, y)
     elif seed is None:
         raise ValueError("a step needs a seed or z: got neither")
-    seed = as_seed(0 if seed is None else seed, y.shape[0], y.device)
-    return y, eps_hat, seed, z, as_origin(origin, y.shape)
+    seed = as_seed(0 if seed is None else seed, shape[0], device)
+    return y, eps_hat, seed, z, as_origin(origin, shape)
 
 
 def check_outputs(y: Tensor, inputs: dict[str, Tensor | None], out: Tensor | None, into: Tensor | None) -> Tensor:
@@ -236,9 +242,7 @@ def check_outputs(y: Tensor, inputs: dict[str, Tensor | None], out: Tensor | Non
     else:
         check_out("out", out, y, inputs, may_be=(next(iter(inputs)),))
     if into is not None:
-        check_image("into", into, FLOATS)
-        if into.shape != y.shape:
-            raise ValueError(f"into must have the shape {tuple(y.shape)}: got {tuple(into.shape)}")
+        check_image("into", into, FLOATS, y.shape)
         check_device("into", into, y.device)
         _check_writable("into", into)
         _check_apart("into", into, {**inputs, "out": out})
@@ -248,9 +252,7 @@ def check_outputs(y: Tensor, inputs: dict[str, Tensor | None], out: Tensor | Non
 def check_out(
     name: str, out: Tensor, y: Tensor, others: dict[str, Tensor | None], may_be: tuple[str, ...] = ()
 ) -> None:
-    check_image(name, out, (y.dtype,))
-    if out.shape != y.shape:
-        raise ValueError(f"{name} must have the shape {tuple(y.shape)}: got {tuple(out.shape)}")
+    check_image(name, out, (y.dtype,), y.shape)
     check_device(name, out, y.device)
     if out.stride() != y.stride() and out.numel() > 0 and not out.is_contiguous(memory_format=layout_of(y)):
         raise ValueError(f"{name} must have the input's layout, strides {y.stride()}: got {out.stride()}")

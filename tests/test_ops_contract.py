@@ -74,7 +74,7 @@ meta = torch.device("meta")
 BAD = [
     # shapes
     (refine, {"y_t": y(3, 5, 7)}, ValueError, r"y_t must be \[B, C, H, W\]: got \(3, 5, 7\)"),
-    (refine, {"eps_hat": y(2, 3, 5, 8)}, ValueError, r"eps_hat must have y_t's shape .*got \(2, 3, 5, 8\)"),
+    (refine, {"eps_hat": y(2, 3, 5, 8)}, ValueError, r"eps_hat must have the shape .*got \(2, 3, 5, 8\)"),
     (refine, {"z": y(1, 3, 5, 7)}, ValueError, r"z must have the shape \(2, 3, 5, 7\): got \(1, 3, 5, 7\)"),
     (refine, {"out": y(2, 3, 5, 8)}, ValueError, r"out must have the shape"),
     (refine, {"into": y(2, 3, 5, 8)}, ValueError, r"into must have the shape"),

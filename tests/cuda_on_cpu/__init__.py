@@ -100,14 +100,18 @@ class _Norm(ctypes.Structure):
     )
 
 
-def _tensor(image) -> _Tensor:
-    if image is None:
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _tensor(t: torch.Tensor | None) -> _Tensor:
+    if t is None:
         return _Tensor()
-    return _Tensor(image[0], image[1], (ctypes.c_int64 * 4)(*image[2:6]), (ctypes.c_int64 * 4)(*image[6:]))
+    four = ctypes.c_int64 * 4
+    return _Tensor(t.data_ptr(), _DTYPES.index(t.dtype), four(*t.shape), four(*t.stride()))
 
 
-def _vector(vector) -> _Vector:
-    return _Vector() if vector is None else _Vector(*vector)
+def _vector(t: torch.Tensor | None) -> _Vector:
+    return _Vector() if t is None else _Vector(t.data_ptr(), _DTYPES.index(t.dtype))
 
 
 def _norm(h, h2, residual, weight, bias, shift, groups, eps, silu) -> _Norm:
@@ -163,27 +167,22 @@ class Functions:
             raise RuntimeError(error.decode())
 
     def _scalar(self, kind, scalar):
-        if not isinstance(scalar, tuple):
-            scalar = self._placed(kind._fields_[0][1](scalar))
-        address, on_host = scalar
-        if self.in_memory or not on_host:
+        number = kind._fields_[0][1]
+        if isinstance(scalar, torch.Tensor):
+            address = scalar.data_ptr()
+        else:
+            self._numbers = [*self._numbers[-16:], number(scalar)]  # alive until the call is long over
+            address = ctypes.addressof(self._numbers[-1])
+        if self.in_memory:
             return kind(device=address)
-        if kind is _Row:
-            return kind((ctypes.c_float * 9).from_address(address))
-        return kind(kind._fields_[0][1].from_address(address).value)
-
-    def _placed(self, number):
-        """A host number where a kernel could read it: its address."""
-        self._numbers = [*self._numbers[-16:], number]  # alive until the call is long over
-        return ctypes.addressof(number), True
+        value = number.from_address(address)
+        return kind(value if kind is _Row else value.value)
 
     def _seeds(self, seeds) -> _Seeds:
-        if not isinstance(seeds, tuple):
-            seeds = (*self._placed(ctypes.c_int64(seeds)), False)
-        address, on_host, per_sample = seeds
-        if self.in_memory or not on_host or per_sample:
-            return _Seeds(0, address, per_sample)
-        return _Seeds(ctypes.c_int64.from_address(address).value, None, False)
+        if isinstance(seeds, torch.Tensor) and seeds.ndim == 1:
+            return _Seeds(0, seeds.data_ptr(), True)
+        one = self._scalar(_Int, seeds)
+        return _Seeds(one.value, one.device, False)
 
     def noise(self, out, seed, step, domain, origin, on):
         place = (_Origin(*origin), _Exec(*on))
@@ -206,7 +205,7 @@ class Functions:
         )
 
     def q_sample(self, out, eps_out, into, y_0, gamma, per_sample, seed, step, eps, origin, on):
-        gamma = _Double(device=gamma[0]) if per_sample else self._scalar(_Double, gamma)
+        gamma = _Double(device=gamma.data_ptr()) if per_sample else self._scalar(_Double, gamma)
         self._call(
             "q_sample",
             *(_tensor(t) for t in (out, eps_out, into, y_0)),
@@ -215,19 +214,19 @@ class Functions:
         )
 
     def group_norm_silu(self, out, s, mean, rstd, norm, on):
-        arguments = (_tensor(out), _tensor(s), *_addresses(mean, rstd), _norm(*norm), _Exec(*on))
+        arguments = (_tensor(out), _tensor(s), *_arrays(mean, rstd), _norm(*norm), _Exec(*on))
         self._call("group_norm_silu", *arguments)
 
     def group_norm_silu_backward(self, dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd, norm, on):
         self._call(
             "group_norm_silu_backward",
-            *(_tensor(dh), _tensor(dh2), *_addresses(dweight, dbias, dshift), _tensor(grad), _tensor(grad_s)),
-            *(*_addresses(mean, rstd), _norm(*norm), _Exec(*on)),
+            *(_tensor(dh), _tensor(dh2), *_arrays(dweight, dbias, dshift), _tensor(grad), _tensor(grad_s)),
+            *(*_arrays(mean, rstd), _norm(*norm), _Exec(*on)),
         )
 
 
-def _addresses(*pointers: int) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(p or None) for p in pointers]
+def _arrays(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
 class Home(native.Home):
