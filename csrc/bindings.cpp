@@ -2,6 +2,9 @@
 // read by the names of its attributes, so that no torch header is needed and one build serves every torch.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #include "common/ops.h"
 #include "cpu/dispatch.h"
 #if defined(SR3FAST_CUDA)
@@ -13,19 +16,21 @@ using namespace sr3fast;
 
 namespace {
 
-// What is asked of a tensor, and what its dtype may be; set when the module is loaded.
+// What is asked of a tensor, and what it may be; set when the module is loaded.
 struct Torch {
-  PyObject *data_ptr, *dtype, *is_cpu, *ndim, *shape, *stride;  // names
-  PyObject* dtypes[3];                                          // in the order of Dtype
+  PyObject *data_ptr, *device, *dtype, *is_cpu, *is_neg, *ndim, *requires_grad, *shape, *stride;  // names
+  PyObject* tensor;                                                                               // the type
+  PyObject* dtypes[3];  // in the order of Dtype
 
   void load() {
     const auto name = PyUnicode_InternFromString;
-    data_ptr = name("data_ptr"), dtype = name("dtype"), is_cpu = name("is_cpu"), ndim = name("ndim");
+    data_ptr = name("data_ptr"), device = name("device"), dtype = name("dtype"), is_cpu = name("is_cpu");
+    is_neg = name("is_neg"), ndim = name("ndim"), requires_grad = name("requires_grad");
     shape = name("shape"), stride = name("stride");
     const auto module = py::module_::import("torch");
-    int i = 0;
-    for (const char* d : {"float32", "float16", "bfloat16"})
-      dtypes[i++] = py::object(module.attr(d)).release().ptr();
+    const auto get = [&](const char* a) { return py::object(module.attr(a)).release().ptr(); };
+    tensor = get("Tensor");
+    dtypes[0] = get("float32"), dtypes[1] = get("float16"), dtypes[2] = get("bfloat16");
   }
 } torch;
 
@@ -136,6 +141,39 @@ void read(PyObject* o, Exec& e) {
   e.scratch = PyLong_AsVoidPtr(PyTuple_GET_ITEM(o, 3));
 }
 
+// An ordinary float32 tensor [B, C, H, W], contiguous, not empty, that autograd does not watch?
+bool is_ordinary(PyObject* o, Tensor& t) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(o)) != torch.tensor) return false;
+  if (PyTuple_GET_SIZE(attribute(o, torch.shape).ptr()) != 4 ||
+      attribute(o, torch.dtype).ptr() != torch.dtypes[0])
+    return false;
+  if (attribute(o, torch.requires_grad).ptr() == Py_True || call(o, torch.is_neg).ptr() == Py_True)
+    return false;
+  read(o, t);
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; --i) {
+    if (t.size[i] != 1 && t.stride[i] != stride) return false;
+    stride *= t.size[i];
+  }
+  return t.data;
+}
+
+// The common call of a step, told in one look: ordinary tensors of one shape on one device, and only y may
+// lie in out's memory, as out itself. False says no more than that contract.py must look closer.
+bool is_plain_step(py::handle out, py::handle y, py::handle eps_hat) {
+  Tensor o, t;
+  if (!is_ordinary(out.ptr(), o)) return false;
+  const auto device = attribute(out.ptr(), torch.device);
+  const int64_t bytes = o.numel() * static_cast<int64_t>(sizeof(float));
+  for (const auto input : {y, eps_hat}) {
+    if (!is_ordinary(input.ptr(), t) || std::memcmp(o.size, t.size, sizeof o.size) != 0) return false;
+    if (!device.equal(attribute(input.ptr(), torch.device))) return false;
+    const int64_t apart = static_cast<char*>(t.data) - static_cast<char*>(o.data);
+    if (std::abs(apart) < bytes && !(apart == 0 && input.is(y))) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 namespace pybind11::detail {
@@ -202,6 +240,7 @@ SR3FAST_BIND(cuda)
 PYBIND11_MODULE(_C, m) {
   m.doc() = "sr3fast's compiled kernels; sr3fast.native calls them";
   torch.load();
+  m.def("is_plain_step", &is_plain_step);
   auto cpu_module = m.def_submodule("cpu");
   bind_cpu(cpu_module);
   cpu_module.def("isa", &cpu::isa);

@@ -217,14 +217,16 @@ def as_gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
 
 
 def step_inputs(
-    name: str, y: Tensor, eps_hat: Tensor, seed: Seed | None, z: Tensor | None, origin: Origin
+    name: str, y: Tensor, eps_hat: Tensor, seed: Seed | None, z: Tensor | None, origin: Origin, plain: bool = False
 ) -> tuple[Tensor, Tensor, int | Tensor, Tensor | None, Origin]:
-    shape = check_image(name, y, (torch.float32,))
+    """`plain`: `native.is_plain_step` has seen that y and eps_hat need no check."""
+    shape = y.shape if plain else check_image(name, y, (torch.float32,))
     check_channels(shape[1])
-    check_image("eps_hat", eps_hat, FLOATS, shape)
     device = y.device
-    check_device("eps_hat", eps_hat, device)
-    y = as_dense(y)
+    if not plain:
+        check_image("eps_hat", eps_hat, FLOATS, shape)
+        check_device("eps_hat", eps_hat, device)
+        y = as_dense(y)
     if z is not None:
         z = as_like("z", z, y)
     elif seed is None:

@@ -60,6 +60,15 @@ class Home:
         self._f.group_norm_silu_backward(*outs, grad, grad_s, mean, rstd, norm, on)
 
 
+try:
+    from ._C import is_plain_step  # type: ignore[attr-defined]
+except ImportError:
+
+    def is_plain_step(out: Tensor, y: Tensor, eps_hat: Tensor) -> bool:
+        """Is it a step's common call, with no tensor to check? csrc/bindings.cpp knows; False only costs time."""
+        return False
+
+
 def _module() -> ModuleType:
     try:
         from . import _C  # type: ignore[attr-defined]

@@ -49,6 +49,7 @@ from .contract import (
     layout_of,
     step_inputs,
 )
+from .native import is_plain_step
 
 
 def noise(
@@ -130,14 +131,16 @@ def refine(
     Raises:
         ValueError, TypeError: see the ranges above.
     """
-    y, eps_hat, seed, z, origin = step_inputs("y_t", y_t, eps_hat, seed, z, origin)
+    plain = out is not None and z is into is None and not _watched() and is_plain_step(out, y_t, eps_hat)
+    y, eps_hat, seed, z, origin = step_inputs("y_t", y_t, eps_hat, seed, z, origin, plain)
     alpha, gamma = as_alpha_gamma(alpha_t, gamma_t, y.device)
     step = as_step(step, 1, y.device)
     if out is not None or into is not None:
-        out = check_outputs(y, {"y_t": y_t, "eps_hat": eps_hat, "z": z}, out, into)
-        if not _watched(y, eps_hat, z, out, into):
+        if not plain:
+            out = check_outputs(y, {"y_t": y_t, "eps_hat": eps_hat, "z": z}, out, into)
+        if plain or not _watched(y, eps_hat, z, out, into):
             _refine_out(y, eps_hat, alpha, gamma, seed, step, z, *origin, out, into)
-            return out
+            return out  # type: ignore[return-value]
     args = (y, eps_hat, as_float64(alpha), as_float64(gamma), as_int64(seed), as_int64(step), z, *origin)
     if out is None:
         return torch.ops.sr3fast.refine(*args)

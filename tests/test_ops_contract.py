@@ -12,6 +12,7 @@ import torch
 from conftest import nan_like, random, same_bits
 
 from sr3fast import backend, ops
+from sr3fast.native import is_plain_step
 from sr3fast.schedule import Schedule
 from sr3fast.solver import rows
 
@@ -287,6 +288,38 @@ def test_bad_input(op, changed, error, message):
     with pytest.raises(error, match=message):
         op(**changed)
     assert torch.equal(flat, before)
+
+
+@pytest.mark.skipif(isinstance(backend.load("cpp"), str), reason="the C++ home is not built")
+def test_one_look_at_a_step_takes_nothing_that_needs_another():
+    def memory(first):
+        return flat[first : first + 210].view(2, 3, 5, 7)
+
+    good = memory(210)
+    assert is_plain_step(y(), y(), y()) and is_plain_step(good, good, y())
+    assert is_plain_step(good, memory(0), y()) and is_plain_step(y(), good, good)
+    odd = {
+        "near": (memory(0), memory(209)),
+        "shape": y(2, 3, 7, 5),
+        "three dimensions": torch.randn(6, 5, 7),
+        "batch": y(1, 3, 5, 7).expand(2, 3, 5, 7),
+        "channels_last": y(layout=torch.channels_last),
+        "strides": y(2, 3, 7, 5).transpose(2, 3),
+        "empty": y(0, 3, 5, 7),
+        "float16": y().half(),
+        "float64": y().double(),
+        "grad": grad(y()),
+        "parameter": torch.nn.Parameter(y(), requires_grad=False),
+        "negative": torch.randn(2, 3, 5, 7, dtype=torch.complex64).conj().imag.contiguous()._neg_view(),
+        "meta": y().to("meta"),
+        "number": 1.0,
+        "none": None,
+    }
+    for name, t in odd.items():
+        near, t = t if isinstance(t, tuple) else (y(), t)
+        for out, y_t, eps_hat in ((t, near, y()), (near, t, y()), (near, y(), t)):
+            assert not is_plain_step(out, y_t, eps_hat), name
+    assert not is_plain_step(good, y(), good), "out may be y, not eps_hat"
 
 
 def test_the_inputs_those_start_from_are_good():
