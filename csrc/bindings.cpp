@@ -1,5 +1,5 @@
-// Python to C++: tensors in, nothing out. ops.py has checked them; the GIL is released. A torch.Tensor is
-// read by the names of its attributes, so that no torch header is needed and one build serves every torch.
+// Python to C++: tensors in, nothing out. contract.py has checked them; the GIL is released. A torch.Tensor
+// is read by the names of its attributes, so that no torch header is needed and one build serves every torch.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -41,10 +41,19 @@ py::object checked(PyObject* o) {
 py::object attribute(PyObject* o, PyObject* name) { return checked(PyObject_GetAttr(o, name)); }
 py::object call(PyObject* o, PyObject* method) { return checked(PyObject_CallMethodNoArgs(o, method)); }
 
-int64_t integer(PyObject* tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)); }
+template <class T>
+T valid(T value) {
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+int64_t integer(PyObject* tuple, Py_ssize_t i) {
+  return valid(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)));
+}
 bool flag(PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i) == Py_True; }
 
-void* address(PyObject* tensor) { return PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr()); }
+void* address(PyObject* tensor) { return valid(PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr())); }
+long dimensions(PyObject* tensor) { return valid(PyLong_AsLong(attribute(tensor, torch.ndim).ptr())); }
+bool are_four(PyObject* numbers) { return PyTuple_Check(numbers) && PyTuple_GET_SIZE(numbers) == 4; }
 
 Dtype dtype(PyObject* tensor) {
   const auto own = attribute(tensor, torch.dtype);
@@ -55,16 +64,23 @@ Dtype dtype(PyObject* tensor) {
 
 // The arguments of sr3fast/native.py, as the ops take them.
 
-// A tensor [B, C, H, W] or None
-void read(PyObject* o, Tensor& t) {
-  if (o == Py_None) return;
+void describe(PyObject* o, Tensor& t) {
   t.data = address(o);
   t.dtype = dtype(o);
   const auto shape = attribute(o, torch.shape), strides = call(o, torch.stride);
+  if (!are_four(shape.ptr()) || !are_four(strides.ptr()))
+    throw py::type_error("a tensor must be [B, C, H, W]");
   for (int i = 0; i < 4; ++i) {
     t.size[i] = integer(shape.ptr(), i);
     t.stride[i] = integer(strides.ptr(), i);
   }
+}
+
+// A tensor [B, C, H, W] or None
+void read(PyObject* o, Tensor& t) {
+  if (o == Py_None) return;
+  describe(o, t);
+  if (!t) throw py::value_error("a tensor must have memory");
 }
 
 // A tensor or None
@@ -84,12 +100,12 @@ void read(PyObject* o, Array& a) {
 
 bool is_number(PyObject* o) { return PyFloat_Check(o) || PyLong_Check(o); }
 bool is_on_host(PyObject* tensor) { return attribute(tensor, torch.is_cpu).ptr() == Py_True; }
-bool is_one_a_sample(PyObject* tensor) { return PyLong_AsLong(attribute(tensor, torch.ndim).ptr()) == 1; }
+bool is_one_a_sample(PyObject* tensor) { return dimensions(tensor) == 1; }
 
-int64_t number(PyObject* o, int64_t) { return PyLong_AsLongLong(o); }
-double number(PyObject* o, double) { return PyFloat_AsDouble(o); }
+int64_t number(PyObject* o, int64_t) { return valid(PyLong_AsLongLong(o)); }
+double number(PyObject* o, double) { return valid(PyFloat_AsDouble(o)); }
 
-// A number or a tensor: one value on the host is read here, all else by the kernel
+// A number or a tensor: one value (of no dimension) on the host is read here, all else by the kernel
 template <class T>
 void read(PyObject* o, Scalar<T>& s) {
   if (is_number(o)) {
@@ -137,39 +153,39 @@ void read(PyObject* o, Norm& n) {
 void read(PyObject* o, Exec& e) {
   e.threads = static_cast<int>(integer(o, 0));
   e.device = static_cast<int>(integer(o, 1));
-  e.stream = PyLong_AsVoidPtr(PyTuple_GET_ITEM(o, 2));
-  e.scratch = PyLong_AsVoidPtr(PyTuple_GET_ITEM(o, 3));
+  e.stream = reinterpret_cast<void*>(integer(o, 2));
+  e.scratch = reinterpret_cast<void*>(integer(o, 3));
 }
 
 // An ordinary float32 tensor [B, C, H, W], contiguous, not empty, that autograd does not watch?
 bool is_ordinary(PyObject* o, Tensor& t) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(o)) != torch.tensor) return false;
-  if (PyTuple_GET_SIZE(attribute(o, torch.shape).ptr()) != 4 ||
-      attribute(o, torch.dtype).ptr() != torch.dtypes[0])
-    return false;
+  if (dimensions(o) != 4 || attribute(o, torch.dtype).ptr() != torch.dtypes[0]) return false;
   if (attribute(o, torch.requires_grad).ptr() == Py_True || call(o, torch.is_neg).ptr() == Py_True)
     return false;
-  read(o, t);
+  describe(o, t);
   int64_t stride = 1;
   for (int i = 3; i >= 0; --i) {
     if (t.size[i] != 1 && t.stride[i] != stride) return false;
     stride *= t.size[i];
   }
-  return t.data;
+  return static_cast<bool>(t);
 }
 
-// The common call of a step, told in one look: ordinary tensors of one shape on one device, and only y may
-// lie in out's memory, as out itself. False says no more than that contract.py must look closer.
+// The common call of a step, told in one look: ordinary tensors of one shape on one device, eps_hat apart
+// from out in memory, y too or out itself. False says no more than that contract.py must look closer; a new
+// rule there for y, eps_hat or out is one here.
 bool is_plain_step(py::handle out, py::handle y, py::handle eps_hat) {
   Tensor o, t;
   if (!is_ordinary(out.ptr(), o)) return false;
   const auto device = attribute(out.ptr(), torch.device);
   const int64_t bytes = o.numel() * static_cast<int64_t>(sizeof(float));
-  for (const auto input : {y, eps_hat}) {
+  for (const bool is_y : {true, false}) {
+    const auto input = is_y ? y : eps_hat;
     if (!is_ordinary(input.ptr(), t) || std::memcmp(o.size, t.size, sizeof o.size) != 0) return false;
     if (!device.equal(attribute(input.ptr(), torch.device))) return false;
     const int64_t apart = static_cast<char*>(t.data) - static_cast<char*>(o.data);
-    if (std::abs(apart) < bytes && !(apart == 0 && input.is(y))) return false;
+    if (std::abs(apart) < bytes && !(is_y && apart == 0)) return false;
   }
   return true;
 }
@@ -183,7 +199,7 @@ struct from_native {
   PYBIND11_TYPE_CASTER(T, const_name("object"));
   bool load(handle source, bool) {
     read(source.ptr(), value);
-    return !PyErr_Occurred();
+    return true;
   }
 };
 

@@ -219,7 +219,7 @@ def as_gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
 def step_inputs(
     name: str, y: Tensor, eps_hat: Tensor, seed: Seed | None, z: Tensor | None, origin: Origin, plain: bool = False
 ) -> tuple[Tensor, Tensor, int | Tensor, Tensor | None, Origin]:
-    """`plain`: `native.is_plain_step` has seen that y and eps_hat need no check."""
+    """With `plain`, `native.is_plain_step` has seen that y, eps_hat and out= keep every rule of theirs."""
     shape = y.shape if plain else check_image(name, y, (torch.float32,))
     check_channels(shape[1])
     device = y.device

@@ -319,7 +319,7 @@ def test_one_look_at_a_step_takes_nothing_that_needs_another():
         near, t = t if isinstance(t, tuple) else (y(), t)
         for out, y_t, eps_hat in ((t, near, y()), (near, t, y()), (near, y(), t)):
             assert not is_plain_step(out, y_t, eps_hat), name
-    assert not is_plain_step(good, y(), good), "out may be y, not eps_hat"
+    assert not is_plain_step(good, y(), good) and not is_plain_step(good, good, good), "out may be y, not eps_hat"
 
 
 def test_the_inputs_those_start_from_are_good():

@@ -1,4 +1,4 @@
-// What Python hands to a kernel: raw pointers, sizes, strides. No torch header anywhere in csrc.
+// What a kernel is given of Python's tensors: raw pointers, sizes, strides. No torch header anywhere in csrc.
 #pragma once
 
 #include <cstdint>
