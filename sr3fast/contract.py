@@ -174,7 +174,7 @@ def _one_number(name: str, value: float | Tensor, device: torch.device) -> float
 def as_alpha_gamma(
     alpha: float | Tensor, gamma: float | Tensor, device: torch.device
 ) -> tuple[float | Tensor, float | Tensor]:
-    if type(alpha) is type(gamma) is float and 0 < gamma <= alpha <= 1 != gamma:
+    if type(alpha) is type(gamma) is float and 0 < gamma < 1 and gamma <= alpha <= 1:
         return alpha, gamma
     alpha, gamma = _one_number("alpha_t", alpha, device), _one_number("gamma_t", gamma, device)
     least = 0.0
