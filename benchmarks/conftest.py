@@ -59,7 +59,7 @@ def interleave(
     contestants: dict[str, Callable[[int], Any]],
     *,
     seconds: float = 2.0,
-    rounds: tuple[int, int] = (7, 500),
+    rounds: tuple[int, int] = (7, 100 if DEVICE.type == "cuda" else 500),
 ) -> dict[str, list[float]]:
     """Milliseconds of each contestant, f(round), call by call; they run in turn.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -42,6 +43,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
+    """Of the working tree; where git does not know it (a copy of the tree), SR3FAST_COMMIT says."""
+    if commit := os.environ.get("SR3FAST_COMMIT"):
+        return commit
+
     def git(*words: str) -> str:
         root = Path(__file__).resolve().parent
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True).stdout.strip()

@@ -7,9 +7,11 @@ written anew after each.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ import torch
 from environment import environment
 
 LIMIT = 360  # seconds of a part; the Makefile promises 9 minutes with the build
+WORKERS = 4  # processes of a part's tests, where pytest-xdist is installed
 
 SANITIZE = """
 import sys
@@ -74,7 +77,9 @@ def run_tests(names: str) -> dict[str, Any]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-P", "-m", "pytest", "tests", "-m", "gpu", "-k", names, "-q"]
         options = ["--continue-on-collection-errors", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        done = run([*command, *options])
+        if importlib.util.find_spec("xdist"):
+            options += ["-n", str(WORKERS)]
+        done = run([*command, *options], OMP_NUM_THREADS="2")  # the parts share the cores
         if not report.exists():
             return {**done, "good": False}
         suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -108,10 +113,18 @@ def run(command: list[str], **variables: str) -> dict[str, Any]:
         output, _ = process.communicate(timeout=LIMIT)
         code: int | None = process.returncode
     except subprocess.TimeoutExpired:
+        code, output = None, stopped(process)
+    return {"exit": code, "seconds": round(time.time() - begin, 1), "tail": output[-6000:]}
+
+
+def stopped(process: subprocess.Popen[str]) -> str:
+    """What it printed: an interrupt makes pytest say what it has."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=20)[0]
+    except subprocess.TimeoutExpired:
         process.kill()
-        output, _ = process.communicate()
-        code = None
-    return {"exit": code, "seconds": round(time.time() - begin, 1), "tail": output[-3000:]}
+        return process.communicate()[0]
 
 
 def parts() -> Iterator[tuple[str, dict[str, Any]]]:
