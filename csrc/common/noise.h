@@ -50,29 +50,60 @@ struct One {
 #endif
   }
   static SR3FAST_HD Float to_float(Int i) { return static_cast<float>(i); }  // to nearest even
-  static SR3FAST_HD Float sqrt(Float x) {                                    // correctly rounded
+  static SR3FAST_HD Float negative(Float x) { return -x; }
+  // correctly rounded, for x in [2^-100, inf): -2 log u is at least 2^-23
+  static SR3FAST_HD Float sqrt(Float x) {
 #if defined(__CUDA_ARCH__)
-    return __fsqrt_rn(x);
+    // what the compiler makes of __fsqrt_rn, less its branch for what is outside that range
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    const float root = x * y;
+    return fma(fma(-root, root, x), 0.5f * y, root);
 #else
     return std::sqrt(x);
 #endif
   }
   // the bits of 2^32 u, u = ((a >> 9) + 1/2) 2^-23
-  static SR3FAST_HD Word uniform(Word a) { return as_word(static_cast<float>((a & 0xffffff00u) | 0x100u)); }
+  static SR3FAST_HD Word uniform(Word a) {
+#if defined(__CUDA_ARCH__)
+    // 2^23 + (a >> 9) by its bits: one shift where a conversion needs its operand masked first
+    return as_word(as_float(__funnelshift_r(a, 0x4B000000u >> 23, 9)) - 8388607.5f) + (9u << 23);
+#else
+    return as_word(static_cast<float>((a & 0xffffff00u) | 0x100u));
+#endif
+  }
   // a b + c where a b is exact, so that fusing it or not is the same
-  static SR3FAST_HD Float fused(Float a, Float b, Float c) { return a * b + c; }
+  static SR3FAST_HD Float fused(Float a, Float b, Float c) {
+#if defined(__CUDA_ARCH__)
+    return fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
   // a where a bit of `mask` is set in `bits`, else b
   static SR3FAST_HD Float where(Word bits, uint32_t mask, Float a, Float b) { return bits & mask ? a : b; }
   static SR3FAST_HD void multiply(uint32_t m, Word a, Word& high, Word& low) {
 #if defined(__CUDA_ARCH__)
-    high = __umulhi(m, a);
-    low = m * a;
+    // in one instruction: from __umulhi and a product, or 64 bits, the compiler makes two or three
+    asm("{\n\t.reg .b64 p;\n\tmul.wide.u32 p, %2, %3;\n\tmov.b64 {%1, %0}, p;\n\t}"
+        : "=r"(high), "=r"(low)
+        : "r"(a), "r"(m));
 #else
     const uint64_t product = static_cast<uint64_t>(m) * a;
     high = static_cast<uint32_t>(product >> 32);
     low = static_cast<uint32_t>(product);
 #endif
   }
+
+ private:
+#if defined(__CUDA_ARCH__)
+  // in assembly: an fma that the compiler makes by itself stands out
+  static SR3FAST_HD Float fma(Float a, Float b, Float c) {
+    float d;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+    return d;
+  }
+#endif
 };
 
 template <class L>
@@ -97,36 +128,49 @@ SR3FAST_HD void philox_round(uint32_t k0, uint32_t k1, typename L::Word& c0, typ
   c3 = low0;
 }
 
+// The key of a round: made of the seed, or kept.
+struct RoundKey {
+  uint32_t k0, k1;
+};
+constexpr int kRounds = 10;
+struct RoundKeys {
+  RoundKey of[kRounds];
+};
+SR3FAST_HD RoundKey round_key(uint64_t seed, uint32_t round) {
+  return {static_cast<uint32_t>(seed) + round * kWeyl0, static_cast<uint32_t>(seed >> 32) + round * kWeyl1};
+}
+SR3FAST_HD RoundKey round_key(const RoundKeys& keys, uint32_t round) { return keys.of[round]; }
+
 // Philox4x32-10. Only c0 differs between the lanes, so half of the first two rounds is scalar. A Word may be
 // wider than 32 bits: only its low half counts, in the result too.
-template <class L = One>
-SR3FAST_HD WordsOf<L> philox(uint64_t seed, typename L::Word c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+template <class L = One, class Key>
+SR3FAST_HD WordsOf<L> philox(const Key& key, typename L::Word c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   using Word = typename L::Word;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   uint32_t high, low;
   Word a0, a1, a2, a3, high_w, low_w;
 
-  One::multiply(kPhilox1, c2, high, low);  // round 1
+  RoundKey k = round_key(key, 0);
+  One::multiply(kPhilox1, c2, high, low);
   L::multiply(kPhilox0, c0, high_w, low_w);
-  const uint32_t b0 = high ^ c1 ^ k0, b1 = low;
-  a2 = high_w ^ (c3 ^ k1);
+  const uint32_t b0 = high ^ c1 ^ k.k0, b1 = low;
+  a2 = high_w ^ (c3 ^ k.k1);
   a3 = low_w;
-  k0 += kWeyl0, k1 += kWeyl1;
 
-  One::multiply(kPhilox0, b0, high, low);  // round 2
+  k = round_key(key, 1);
+  One::multiply(kPhilox0, b0, high, low);
   L::multiply(kPhilox1, a2, high_w, low_w);
-  a0 = high_w ^ (b1 ^ k0);
+  a0 = high_w ^ (b1 ^ k.k0);
   a1 = low_w;
-  a2 = a3 ^ (high ^ k1);
+  a2 = a3 ^ (high ^ k.k1);
   a3 = Word{} + low;
 #if defined(__CUDACC__) || defined(__clang__)
 #pragma unroll
 #else
 #pragma GCC unroll 8
 #endif
-  for (int round = 2; round < 10; ++round) {
-    k0 += kWeyl0, k1 += kWeyl1;
-    philox_round<L>(k0, k1, a0, a1, a2, a3);
+  for (uint32_t round = 2; round < kRounds; ++round) {
+    k = round_key(key, round);
+    philox_round<L>(k.k0, k.k1, a0, a1, a2, a3);
   }
   return {a0, a1, a2, a3};
 }
@@ -171,16 +215,17 @@ SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::F
       1.0f;
   // q = 0: (cos, sin); 1: (-sin, cos); 2 and 3: the negatives of these
   constexpr uint32_t kSign = 0x80000000u, kOdd = 0x40000000u;
-  const Float minus_sin = L::as_float(L::as_word(sin_v) ^ kSign);
+  const Float minus_sin = L::negative(sin_v);
   const Float signed_r = L::as_float(L::as_word(r) ^ (turn & kSign));
   first = signed_r * L::where(turn, kOdd, minus_sin, cos_v);
   second = signed_r * L::where(turn, kOdd, cos_v, sin_v);
 }
 
 // The normals of pixels w = 4 w4 .. 4 w4 + 3, in the coordinates of the whole image.
-SR3FAST_HD Normals normals(uint64_t seed, uint32_t domain, uint32_t step, uint32_t c, uint32_t h,
+template <class Key>
+SR3FAST_HD Normals normals(const Key& key, uint32_t domain, uint32_t step, uint32_t c, uint32_t h,
                            uint32_t w4) {
-  const WordsOf<One> a = philox(seed, w4, h, step, domain * 65536u + c);
+  const WordsOf<One> a = philox(key, w4, h, step, domain * 65536u + c);
   Normals z;
   box_muller(a.a0, a.a1, z.z0, z.z1);
   box_muller(a.a2, a.a3, z.z2, z.z3);

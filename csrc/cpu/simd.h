@@ -159,6 +159,7 @@ struct Lanes {
   static SR3FAST_INLINE Float to_float(const Int& i) {
     return map(i, [](Ints x) { return __builtin_convertvector(x, Floats); });
   }
+  static SR3FAST_INLINE Float negative(const Float& x) { return as_float(as_word(x) ^ 0x80000000u); }
   static SR3FAST_INLINE Word uniform(const Word& a) { return map(a, vector::uniform); }
   static SR3FAST_INLINE Float sqrt(const Float& x) { return map(x, vector::sqrt); }
   static SR3FAST_INLINE Float fused(const Float& a, const Float& b, Float c) {

@@ -5,8 +5,6 @@
 namespace sr3fast::cuda {
 namespace {
 
-constexpr int kQuads = kThreadElements / 4;
-
 struct NoiseArguments {
   Range range;
   Draw draw;
@@ -16,23 +14,22 @@ struct NoiseArguments {
 template <bool direct>
 __global__ void __launch_bounds__(kMaxThreads) noise_kernel(const NoiseArguments a) {
   const Tile<4> tile(a.range);
-  const auto step = static_cast<uint32_t>(a.draw.step.read());
-  float* shared_z = reinterpret_cast<float*>(shared_memory());
-  if (!direct) {
-    a.draw.in_shared(a.range, tile.start, tile.count, step, shared_z);
+  Head& head = *reinterpret_cast<Head*>(shared_memory());
+  float* shared_z = reinterpret_cast<float*>(shared_memory() + sizeof(Head));
+  if (threadIdx.x == 0) a.draw.template prepare<direct>(a.range, tile.start, tile.count, head);
+  __syncthreads();
+  float z[kQuads][4];
+  if (direct) {
+    a.draw.in_registers(a.range, tile, head, z);
+  } else {
+    a.draw.in_shared(a.range, tile.count, head, shared_z);
     __syncthreads();
+#pragma unroll
+    for (int u = 0; u < kQuads; ++u) Vec<float, 4>::load(shared_z + tile.at(u)).floats(z[u]);
   }
 #pragma unroll
-  for (int u = 0; u < kQuads; ++u) {
-    if (tile.valid(u) <= 0) continue;
-    const uint32_t i = tile.start + tile.at(u);
-    float z[4];
-    if (direct)
-      a.draw.in_registers(a.range.place(i), step, z);
-    else
-      Vec<float, 4>::load(shared_z + tile.at(u)).floats(z);
-    store_any(a.out, a.range, i, tile.valid(u), tile.whole, z);
-  }
+  for (int u = 0; u < kQuads; ++u)
+    store_any(a.out, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole, z[u]);
 }
 
 struct StepArguments {
@@ -44,13 +41,15 @@ struct StepArguments {
   Scalar<double> alpha, gamma;
 };
 
-constexpr int kRowBytes = 48;  // a row in shared memory, and what comes after it aligned for vectors
-static_assert(sizeof(Row) <= kRowBytes, "a row fits");
+struct StepShared {
+  Head head;
+  alignas(16) Row row;
+};
 
 // E is eps_hat's type: a quad is 16 bytes of y and 16 or 8 of eps_hat, and a warp's quads lie side by side in
-// both.
-template <class E, bool direct>
-__global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArguments a) {
+// both. linear: the host knows that the step is the paper's, y' = A y + B f + S z with z drawn.
+template <class E, bool direct, bool linear>
+__global__ void __launch_bounds__(kMaxThreads, linear ? 5 : 4) step_kernel(const StepArguments a) {
   const Tile<4> tile(a.range);
   const auto load_quad = [&](const View& from, int u) {
     return load<float, 4>(from, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole);
@@ -65,69 +64,64 @@ __global__ void __launch_bounds__(kMaxThreads, 4) step_kernel(const StepArgument
     f_raw[u] = load<E, 4, true>(a.eps_hat, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole);
 
   // in shared memory, out of the way of the noise's registers
-  Row& row = *reinterpret_cast<Row*>(shared_memory());
-  float* shared_z = reinterpret_cast<float*>(shared_memory() + kRowBytes);
+  auto& shared = *reinterpret_cast<StepShared*>(shared_memory());
+  float* shared_z = reinterpret_cast<float*>(shared_memory() + sizeof(StepShared));
+  Row& row = shared.row;
   if (threadIdx.x == 0)
     row = a.paper ? refine_row(a.alpha.read(), a.gamma.read(), a.draw.step.read()) : a.row.read();
+  if (threadIdx.x == 32)  // another warp
+    a.draw.template prepare<direct>(a.range, tile.start, tile.count, shared.head);
   __syncthreads();
 
-  Vec<float, 4> z_raw[kQuads] = {}, m1_raw[kQuads] = {}, m2_raw[kQuads] = {};
-  if (row.s != 0.0f && a.z) {
+  Vec<float, 4> m1_raw[kQuads] = {}, m2_raw[kQuads] = {};
+  float z[kQuads][4] = {};
+  if (!linear && row.s != 0.0f && a.z) {
 #pragma unroll
-    for (int u = 0; u < kQuads; ++u) z_raw[u] = load_quad(a.z, u);
+    for (int u = 0; u < kQuads; ++u) load_quad(a.z, u).floats(z[u]);
   } else if (row.s != 0.0f) {
-    const auto step = static_cast<uint32_t>(a.draw.step.read());
-    if (!direct) {
-      a.draw.in_shared(a.range, tile.start, tile.count, step, shared_z);
+    if (direct) {
+      a.draw.in_registers(a.range, tile, shared.head, z);
+    } else {
+      a.draw.in_shared(a.range, tile.count, shared.head, shared_z);
       __syncthreads();
-    }
 #pragma unroll
-    for (int u = 0; u < kQuads; ++u) {
-      if (tile.valid(u) <= 0) continue;
-      if (direct) {
-        float z[4];
-        a.draw.in_registers(a.range.place(tile.start + tile.at(u)), step, z);
-        z_raw[u] = Vec<float, 4>::of(z);
-      } else {
-        z_raw[u] = Vec<float, 4>::load(shared_z + tile.at(u));
-      }
+      for (int u = 0; u < kQuads; ++u) Vec<float, 4>::load(shared_z + tile.at(u)).floats(z[u]);
     }
   }
-  if (row.c1 != 0.0f) {
+  if (!linear && row.c1 != 0.0f) {
 #pragma unroll
     for (int u = 0; u < kQuads; ++u) m1_raw[u] = load_quad(a.m1, u);
   }
-  if (row.c2 != 0.0f) {
+  if (!linear && row.c2 != 0.0f) {
 #pragma unroll
     for (int u = 0; u < kQuads; ++u) m2_raw[u] = load_quad(a.m2, u);
   }
 
-  const bool estimated = row.c0 != 0.0f || a.m;
-  // as the paper's step is: without a branch for each term that it lacks
-  const bool linear_row = !estimated && row.c1 == 0.0f && row.c2 == 0.0f;
-  const Row linear{0.0f, 0.0f, 0.0f, row.a, row.b, 0.0f, 0.0f, 0.0f, row.s};
+  const bool estimated = !linear && (row.c0 != 0.0f || a.m);
+  // without a branch for each term that the paper's step lacks
+  const bool linear_row = linear || (!estimated && row.c1 == 0.0f && row.c2 == 0.0f);
+  const Row paper_row{0.0f, 0.0f, 0.0f, row.a, row.b, 0.0f, 0.0f, 0.0f, row.s};
 #pragma unroll
   for (int u = 0; u < kQuads; ++u) {
     if (tile.valid(u) <= 0) continue;
-    float y[4], f[4], m[4] = {}, m1[4], m2[4], z[4], out[4];
+    float y[4], f[4], m[4] = {}, m1[4], m2[4], out[4];
     y_raw[u].floats(y);
     f_raw[u].floats(f);
     m1_raw[u].floats(m1);
     m2_raw[u].floats(m2);
-    z_raw[u].floats(z);
     if (linear_row) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[i] = update(linear, y[i], f[i], 0.0f, 0.0f, 0.0f, z[i]);
+      for (int i = 0; i < 4; ++i) out[i] = update(paper_row, y[i], f[i], 0.0f, 0.0f, 0.0f, z[u][i]);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (estimated) m[i] = estimate(row, y[i], f[i]);
-        out[i] = update(row, y[i], f[i], m[i], m1[i], m2[i], z[i]);
+        out[i] = update(row, y[i], f[i], m[i], m1[i], m2[i], z[u][i]);
       }
     }
     const uint32_t i = tile.start + tile.at(u);
     store<float>(a.out, a.range, i, tile.valid(u), tile.whole, out);
-    if (a.m) store<float>(a.m, a.range, i, tile.valid(u), tile.whole, m);
+    if (!linear && a.m) store<float>(a.m, a.range, i, tile.valid(u), tile.whole, m);
     if (a.into) store_any(a.into, a.range, i, tile.valid(u), tile.whole, out);
   }
 }
@@ -137,14 +131,18 @@ void step(const char* op, Tensor out, Tensor m, Tensor into, Tensor y, Tensor ep
           Tensor m2, Tensor z, Origin origin, const Exec& exec) {
   const OnDevice on(exec.device);
   const Draw draw(y, seed, t, kRefine, origin);
+  const Row& r = row.value;
+  const bool linear = !m && !z && (paper || (!row.device && r.c0 == 0.0f && r.c1 == 0.0f && r.c2 == 0.0f));
   each_range(y, [&](const Range& range) {
     const auto view = [&](const Tensor& x) { return View(x, range, 4); };
     const StepArguments a{range,    draw,     view(out), view(m), view(into), view(y), view(eps_hat),
                           view(m1), view(m2), view(z),   row,     paper,      alpha,   gamma};
     with_type(eps_hat.dtype, [&](auto zero) {
       using E = decltype(zero);
-      launch(op, draw.direct ? step_kernel<E, true> : step_kernel<E, false>,
-             tiles(range, draw.direct, kRowBytes, exec), a);
+      const auto kernel = draw.direct ? linear ? step_kernel<E, true, true> : step_kernel<E, true, false>
+                          : linear    ? step_kernel<E, false, true>
+                                      : step_kernel<E, false, false>;
+      launch(op, kernel, tiles(range, draw.direct, sizeof(StepShared), exec), a);
     });
   });
 }
@@ -157,7 +155,7 @@ void noise(Tensor out, Seeds seed, Scalar<int64_t> step, uint32_t domain, Origin
   each_range(out, [&](const Range& range) {
     const NoiseArguments a{range, draw, View(out, range, 4)};
     launch("noise", draw.direct ? noise_kernel<true> : noise_kernel<false>,
-           tiles(range, draw.direct, 0, exec), a);
+           tiles(range, draw.direct, sizeof(Head), exec), a);
   });
 }
 

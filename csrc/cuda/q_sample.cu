@@ -15,67 +15,72 @@ struct Arguments {
 };
 
 // T is the type of y_0, eps and out. A thread has 8 elements: vectors of 16 bytes, of 4 or 8 elements.
-template <class T, bool direct>
-__global__ void __launch_bounds__(kMaxThreads, 4) q_sample_kernel(const Arguments a) {
+// given: eps is, it is not drawn.
+template <class T, bool given, bool direct>
+__global__ void __launch_bounds__(kMaxThreads, given ? 4 : 5) q_sample_kernel(const Arguments a) {
   constexpr int N = 16 / sizeof(T), kVectors = kThreadElements / N;
   const Tile<N> tile(a.range);
-  Vec<T, N> y_raw[kVectors], eps_raw[kVectors] = {};
+  Vec<T, N> y_raw[kVectors], eps_raw[kVectors];
 #pragma unroll
   for (int u = 0; u < kVectors; ++u)
     y_raw[u] = load<T, N>(a.y_0, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole);
-  if (a.eps) {
+  if (given) {
 #pragma unroll
     for (int u = 0; u < kVectors; ++u)
       eps_raw[u] = load<T, N>(a.eps, a.range, tile.start + tile.at(u), tile.valid(u), tile.whole);
   }
 
   char* shared = shared_memory();
-  Mix* mixes = reinterpret_cast<Mix*>(shared);
-  float* shared_z = reinterpret_cast<float*>(shared + a.mix_bytes);
-  uint32_t first = 0;
-  if (a.gamma) {  // square roots in double precision: once a tile and sample
-    uint32_t last = 0;
+  Head& head = *reinterpret_cast<Head*>(shared);
+  Mix* mixes = reinterpret_cast<Mix*>(shared + sizeof(Head));
+  float* shared_z = reinterpret_cast<float*>(shared + sizeof(Head) + a.mix_bytes);
+  if (a.gamma && threadIdx.x < 32) {  // square roots in double precision: once a tile and sample
+    uint32_t first = 0, last = 0;
     if (a.per_sample) {
       first = a.range.place(tile.start).at[3];
       last = a.range.place(tile.start + tile.count - 1).at[3];
     }
-    for (uint32_t b = first + threadIdx.x; b <= last; b += blockDim.x)
-      mixes[b - first] = q_sample_mix(a.gamma[b]);
+    for (uint32_t b = first + threadIdx.x; b <= last; b += 32) mixes[b - first] = q_sample_mix(a.gamma[b]);
   }
-  const auto step = static_cast<uint32_t>(a.draw.step.read());
-  if (!direct && !a.eps) a.draw.in_shared(a.range, tile.start, tile.count, step, shared_z);
-  if (a.gamma || (!direct && !a.eps)) __syncthreads();
+  if (threadIdx.x == 32)  // another warp
+    a.draw.template prepare<direct || given>(a.range, tile.start, tile.count, head);
+  __syncthreads();
+  float z[kQuads][4];
+  if (!given && direct) {
+    a.draw.in_registers(a.range, tile, head, z);
+  } else if (!given) {
+    a.draw.in_shared(a.range, tile.count, head, shared_z);
+    __syncthreads();
+  }
 
+  const bool many = a.per_sample && !head.one_sample;
+  const auto mix_of = [&](uint32_t i) { return mixes[many ? a.range.place(i).at[3] - head.first.at[3] : 0]; };
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
     if (tile.valid(u) <= 0) continue;
     const uint32_t i = tile.start + tile.at(u);
-    const Place place = a.range.place(i);
     float y[N], eps[N], out[N];
-    if (a.eps) {
+    if (given) {
       eps_raw[u].floats(eps);
     } else {
 #pragma unroll
       for (int k = 0; k < N; k += 4) {
-        float z[4] = {};
-        if (!direct)
-          Vec<float, 4>::load(shared_z + tile.at(u) + k).floats(z);
-        else if (k < tile.valid(u))
-          a.draw.in_registers(k == 0 ? place : a.range.place(i + k), step, z);
+        float (&quad)[4] = z[(u * N + k) / 4];
+        if (!direct) Vec<float, 4>::load(shared_z + tile.at(u) + k).floats(quad);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) eps[k + j] = z[j];
+        for (int j = 0; j < 4; ++j) eps[k + j] = quad[j];
       }
     }
     y_raw[u].floats(y);
     Mix mix = a.mix;
-    if (a.gamma) mix = mixes[a.per_sample ? place.at[3] - first : 0];
+    if (a.gamma) mix = mix_of(i);
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = mix.signal * y[k] + mix.noise * eps[k];
-    if (a.crossed) {
+    if (a.crossed && many) {
 #pragma unroll
       for (int k = 1; k < N; ++k) {
         if (k >= tile.valid(u)) continue;
-        mix = mixes[a.range.place(i + k).at[3] - first];
+        mix = mix_of(i + k);
         out[k] = mix.signal * y[k] + mix.noise * eps[k];
       }
     }
@@ -116,8 +121,10 @@ void q_sample(Tensor out, Tensor eps_out, Tensor into, Tensor y_0, Scalar<double
                   gamma_per_sample && y_0.numel() / y_0.size[0] % (16 / sizeof(T)) != 0,
                   gamma.device ? mix_bytes(y_0, gamma_per_sample) : 0};
       if (!gamma.device) a.mix = q_sample_mix(gamma.value);
-      launch("q_sample", draw.direct ? q_sample_kernel<T, true> : q_sample_kernel<T, false>,
-             tiles(range, draw.direct, a.mix_bytes, exec), a);
+      const auto kernel = eps           ? q_sample_kernel<T, true, false>
+                          : draw.direct ? q_sample_kernel<T, false, true>
+                                        : q_sample_kernel<T, false, false>;
+      launch("q_sample", kernel, tiles(range, eps || draw.direct, sizeof(Head) + a.mix_bytes, exec), a);
     });
   });
 }
