@@ -92,7 +92,7 @@ def read_cubin(cubin: Path, source: str) -> list[Kernel]:
     for part in _dump("-sass", cubin).split("Function : ")[1:]:
         mangled = part.split(maxsplit=1)[0]
         code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", part)
-        memory = Counter(i for i in code if re.match(r"(LDG|STG|LDL|STL|LDS|STS|LD|ST)\b", i))
+        memory = Counter(i for i in code if re.match(r"(LDGSTS|LDG|STG|LDL|STL|LDS|STS|LD|ST)\b", i))
         kernels.append(Kernel(source, _demangle(mangled), *resources[mangled], len(code), memory))
     return kernels
 

@@ -90,6 +90,13 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// tanh within 2^-11 of its value, in one instruction
+__device__ __forceinline__ float tanh_fast(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The compiler splits some 16-byte stores into words where it cannot put their alignment together again; not
 // these.
 __device__ __forceinline__ void store_global(uint4* p, const uint4& v) {
@@ -115,6 +122,21 @@ template <class Raw>
 __device__ __forceinline__ void store_shared(Raw* p, const Raw& v) {
   *p = v;
 }
+
+// A copy into shared memory that this thread waits for later, before it reads it.
+template <class Raw>
+__device__ __forceinline__ void copy_later(Raw* shared, const Raw* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const size_t from = __cvta_generic_to_global(global);
+  if constexpr (sizeof(Raw) == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else if constexpr (sizeof(Raw) >= 4)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(sizeof(Raw))
+                 : "memory");
+  else
+    *shared = *global;
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // All of a block's shared memory is dynamic: one array, cut up by the kernel.
 __device__ __forceinline__ char* shared_memory() {
@@ -142,6 +164,25 @@ __device__ __forceinline__ void cluster_wait() {
   __syncthreads();
 #endif
 }
+// Two numbers that one block tells others of its launch, in global memory: told at once, and there once they
+// are other than nothing, which is all bits set (no operation makes such NaNs).
+__device__ __forceinline__ void tell(float2* p, const float2& value) {
+  const auto bits =
+      static_cast<unsigned long long>(__float_as_uint(value.y)) << 32 | __float_as_uint(value.x);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "l"(bits)
+               : "memory");
+}
+__device__ __forceinline__ bool hear(const float2* p, float2& value) {
+  unsigned long long bits;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+               : "=l"(bits)
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  value = make_float2(__uint_as_float(static_cast<uint32_t>(bits)),
+                      __uint_as_float(static_cast<uint32_t>(bits >> 32)));
+  return ~bits != 0;
+}
+
 // p of the block with this rank in the cluster
 template <class T>
 __device__ __forceinline__ T* cluster_peer(T* p, uint32_t rank) {
@@ -187,19 +228,25 @@ struct Launch {
   int64_t shared = 0;  // bytes
   int cluster = 1;     // blocks of a cluster; divides blocks
   void* stream = nullptr;
+  bool together = false;  // all blocks run at once, and may wait for each other
 };
 
-inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute& cluster) {
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+inline cudaLaunchConfig_t configuration(const Launch& l, cudaLaunchAttribute& attribute) {
+  if (l.together) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(l.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(l.blocks));
   config.blockDim = dim3(static_cast<unsigned>(l.threads));
   config.dynamicSmemBytes = static_cast<size_t>(l.shared);
   config.stream = static_cast<cudaStream_t>(l.stream);
-  config.attrs = &cluster;
-  config.numAttrs = l.cluster > 1 ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = l.together || l.cluster > 1 ? 1 : 0;
   return config;
 }
 
@@ -255,12 +302,27 @@ int widest_cluster(Kernel* kernel, int threads, int64_t shared, int device) {
   });
 }
 
+// Blocks of a kernel that run at once.
+template <class Kernel>
+int64_t blocks_at_once(Kernel* kernel, int threads, int64_t shared, int device) {
+  static Once once;
+  const void* address = reinterpret_cast<const void*>(kernel);
+  return once(address, device, shared, [&] {
+    allow("cudaFuncSetAttribute", address, {1, threads, shared}, device);
+    int blocks = 0;
+    check(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared)),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return blocks * attribute(cudaDevAttrMultiProcessorCount, device);
+  });
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), const Launch& l, const Arguments&... arguments) {
   const auto what = [&] {
     return std::string(op) + ": a launch of " + std::to_string(l.blocks) + " blocks of " +
-           std::to_string(l.threads) + " threads, " + std::to_string(l.shared) +
-           " bytes of shared memory, clusters of " + std::to_string(l.cluster);
+           std::to_string(l.threads) + " threads, " + std::to_string(l.shared) + " bytes of shared memory, " +
+           (l.together ? "all at once" : "clusters of " + std::to_string(l.cluster));
   };
   if (l.blocks > 0x7fffffff) throw std::runtime_error(what() + ": a grid holds at most 2^31 - 1 blocks");
   int device = 0;

@@ -4,8 +4,9 @@
 //     dweight = sum g x_hat,  dbias = sum g,  dshift = sum dh
 // All of these follow from three sums a channel and sample: of g, of g x_hat and of x_hat.
 //
-// As in the forward, one kernel where a slice of h and g fits into a cluster's shared memory, else two
-// over as many samples at a time as stay in L2; then one that sums dweight and dbias over the samples.
+// As in the forward, one kernel where the blocks that run at once have room for a slice of h and grad, in
+// clusters or, of large tensors, in a grid that goes from slice to slice; else two over as many samples at a
+// time as stay in L2; then one that sums dweight and dbias over the samples.
 #include "norm.cuh"
 
 namespace sr3fast::cuda {
@@ -13,8 +14,60 @@ namespace {
 
 constexpr int kInFlight = 4;  // 16-byte loads of a thread, of h and of grad each
 
+// of g, g x_hat and x_hat; of a thread: of g, g (s - mean) and s - mean
 struct Sums {
   float g = 0.0f, gx = 0.0f, x = 0.0f;
+
+  __device__ __forceinline__ void add(const Sums& other) {
+    g += other.g;
+    gx += other.gx;
+    x += other.x;
+  }
+  __device__ __forceinline__ void add_lane(int mask) {
+    g += __shfl_xor_sync(0xffffffffu, g, mask);
+    gx += __shfl_xor_sync(0xffffffffu, gx, mask);
+    x += __shfl_xor_sync(0xffffffffu, x, mask);
+  }
+  // over a team of lanes
+  __device__ __forceinline__ void over(int lanes) {
+    for (int mask = lanes / 2; mask > 0; mask /= 2) add_lane(mask);
+  }
+};
+
+// How the threads of a block share its part, and where the sums of each channel stand in shared memory:
+// `entries` of them a channel, of each kind in a plane of its own.
+struct Shares {
+  uint32_t entries, plane;
+  // channels_last: 2^log_rows rows lie in one warp and are merged in registers, over lanes that differ in the
+  // bits from least_mask on; `apart` is odd, to keep the readers of a vector's channels apart
+  uint32_t log_rows, least_mask, apart;
+  // NCHW: a team of lanes takes a piece of a channel; vectors of a piece
+  uint32_t log_lanes, pieces, piece;
+  Divide by_pieces;
+
+  static Shares nhwc(const Cut& cut, uint32_t vector) {
+    Shares of{};
+    const uint32_t count = cut.slice / vector;
+    while (count << of.log_rows < 32) ++of.log_rows;
+    if (count << of.log_rows != 32) of.log_rows = 0;
+    of.least_mask = 32 >> of.log_rows;
+    of.entries = cut.rows >> of.log_rows;
+    of.apart = of.entries * count + 1;
+    of.plane = vector * of.apart;
+    return of;
+  }
+  static Shares nchw(const Cut& cut) {
+    Shares of{};
+    of.log_lanes = cut.size >= 64 ? 5 : 3;
+    const uint32_t teams = kThreads >> of.log_lanes;
+    of.pieces = cut.slice < teams ? teams / cut.slice : 1;
+    of.piece = (cut.size + of.pieces - 1) / of.pieces;
+    of.by_pieces = Divide(of.pieces);
+    of.entries = of.pieces;
+    of.plane = cut.slice * of.pieces;
+    return of;
+  }
+  SR3FAST_HD uint32_t lanes() const { return 1u << log_lanes; }
 };
 
 struct Arguments {
@@ -23,100 +76,108 @@ struct Arguments {
   Vector weight, bias, shift;
   const float *mean, *rstd;
   float* dshift;
-  float* totals;    // sums of g and of g x_hat: [2, B, C]
-  float* partials;  // of the parts, where a slice's blocks do not meet: [B, C, 3, parts]
-  bool silu;
   int64_t batch;
   Sizes sizes;
   Cut cut;
+  uint32_t units;  // parts of all slices
+  Shares shares;
   int64_t first_sample;
+  // scratch memory
+  float2* group_parts;   // sums of the parts: [B, groups, parts]
+  float* totals;         // sums of g and of g x_hat: [2, B, C]
+  float* channel_parts;  // [B, C, 3, parts]
   // shared memory
-  uint32_t data, partial, parameters, received, total, stat;
+  uint32_t data, partial, channels, weights, gradients, group_received, channel_received, total, stat;
 };
 
-// Of a slice's channels, in shared memory.
-struct Parameters {
-  float *mean, *rstd, *weight, *bias;  // the mean less the shift
-
-  __device__ __forceinline__ explicit Parameters(const Arguments& a) {
-    mean = shared_at<float>(a.parameters);
-    rstd = mean + a.cut.slice;
-    weight = rstd + a.cut.slice;
-    bias = weight + a.cut.slice;
-  }
-  __device__ __forceinline__ void load(const Arguments& a, const Block& block) const {
-    for (uint32_t i = threadIdx.x; i < a.cut.slice; i += kThreads) {
-      const uint32_t c = block.slice * a.cut.slice + i;
-      const int64_t group = block.b * a.sizes.groups + a.sizes.by_width.quotient(c);
-      mean[i] = a.mean[group] - (a.shift ? read(a.shift, block.b * a.sizes.channels + c) : 0.0f);
-      rstd[i] = a.rstd[group];
-      weight[i] = read(a.weight, c);
-      bias[i] = read(a.bias, c);
-    }
-  }
-};
-
-// <weight g> and <weight g x_hat> of a group.
-struct Means {
-  float g, gx;
-};
-
-// One branch a vector, not one an element.
-template <class F>
-__device__ __forceinline__ void with_silu(bool silu, F&& f) {
-  if (silu)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
-}
-
-// What an element's gradient needs of its channel.
-struct Channel {
+// What is given of a channel; mean: less the shift.
+struct Fetched {
   float mean, rstd, weight, bias;
 
-  Channel() = default;
-  __device__ __forceinline__ Channel(const Parameters& p, uint32_t i)
-      : mean(p.mean[i]), rstd(p.rstd[i]), weight(p.weight[i]), bias(p.bias[i]) {}
-
-  template <class T, bool silu>
-  __device__ __forceinline__ void differentiate(float h, float grad, float& x_hat, float& g) const {
-    x_hat = (h - mean) * rstd;
-    g = grad;
-    if (silu) {
-      const float n = x_hat * weight + bias, s = sigmoid<T>(n);
-      g *= s * (1.0f + n * (1.0f - s));
-    }
-  }
-  // g
-  template <class T, bool silu>
-  __device__ __forceinline__ float add(float h, float grad, Sums& sums) const {
-    float x_hat, g;
-    differentiate<T, silu>(h, grad, x_hat, g);
-    sums.g += g;
-    sums.gx += g * x_hat;
-    sums.x += x_hat;
-    return g;
-  }
-  template <class T, bool silu>
-  __device__ __forceinline__ float gradient(float h, float grad, const Means& mean_of) const {
-    float x_hat, g;
-    differentiate<T, silu>(h, grad, x_hat, g);
-    return (weight * g - mean_of.g - x_hat * mean_of.gx) * rstd;
+  Fetched() = default;
+  __device__ __forceinline__ Fetched(const Arguments& a, const Block& block, uint32_t i) {
+    const uint32_t c = block.slice * a.cut.slice + i;
+    const int64_t group = block.b * a.sizes.groups + a.sizes.by_width.quotient(c);
+    mean = a.mean[group] - (a.shift ? read(a.shift, block.b * a.sizes.channels + c) : 0.0f);
+    rstd = a.rstd[group];
+    weight = read(a.weight, c);
+    bias = read(a.bias, c);
   }
 };
 
-// The same of a g that was kept.
-struct Kept {
-  float mean, h, g, offset;
+// f(i, of) for the channels i of a slice that are this thread's: the first fetched before, to be under way
+// early.
+__device__ __forceinline__ Fetched fetch(const Arguments& a, const Block& block) {
+  return threadIdx.x < a.cut.slice ? Fetched(a, block, threadIdx.x) : Fetched{};
+}
+template <class F>
+__device__ __forceinline__ void each_channel(const Arguments& a, const Block& block, const Fetched& first,
+                                             F&& f) {
+  if (threadIdx.x < a.cut.slice) f(threadIdx.x, first);
+  for (uint32_t i = threadIdx.x + kThreads; i < a.cut.slice; i += kThreads) f(i, Fetched(a, block, i));
+}
 
-  Kept() = default;
-  __device__ __forceinline__ Kept(const Channel& channel, const Means& mean_of)
-      : mean(channel.mean),
-        h(-channel.rstd * channel.rstd * mean_of.gx),
-        g(channel.weight * channel.rstd),
-        offset(-channel.rstd * mean_of.g) {}
-  __device__ __forceinline__ float gradient(float h_, float g_) const {
-    return g * g_ + (h * (h_ - mean) + offset);
+// What g needs of its channel, in shared memory.
+template <class T, bool silu>
+struct Channel {
+  using Act = Activation<T, silu>;
+  float mean, scale, bias;
+
+  Channel() = default;
+  __device__ __forceinline__ Channel(const Arguments& a, uint32_t i) {
+    const float4 of = shared_at<float4>(a.channels)[i];
+    mean = of.x;
+    scale = of.y;
+    bias = of.z;
+  }
+  static __device__ __forceinline__ void put(const Arguments& a, const Block& block, const Fetched& first) {
+    each_channel(a, block, first, [&](uint32_t i, const Fetched& of) {
+      shared_at<float4>(a.channels)[i] =
+          make_float4(of.mean, of.weight * of.rstd * Act::half, of.bias * Act::half, of.rstd);
+      shared_at<float>(a.weights)[i] = of.weight;
+    });
+  }
+
+  __device__ __forceinline__ float g(float h, float grad) const {
+    return grad * Act::derivative((h - mean) * scale + bias);
+  }
+  // g, added to sums of g, of g d and of d = h - mean
+  __device__ __forceinline__ float add(float h, float grad, Sums& sums) const {
+    const float d = h - mean, of = grad * Act::derivative(d * scale + bias);
+    sums.g += of;
+    sums.gx += of * d;
+    sums.x += d;
+    return of;
+  }
+};
+
+// dh of h and g: weight rstd g - rstd^2 <weight g x_hat> (h - mean) - rstd <weight g>. To a half's rounding
+// the mean may go into the last term; a float's would lose what a large mean leaves.
+template <class T>
+struct Gradient {
+  float g, h, offset, mean;
+
+  Gradient() = default;
+  __device__ __forceinline__ Gradient(const Arguments& a, uint32_t i) {
+    const float4 of = shared_at<float4>(a.gradients)[i];
+    g = of.x;
+    h = of.y;
+    offset = of.z;
+    mean = of.w;
+  }
+  // mean_of(group of the slice): <weight g> and <weight g x_hat>
+  template <class MeanOf>
+  static __device__ __forceinline__ void put(const Arguments& a, const Block& block, const Fetched& first,
+                                             MeanOf&& mean_of) {
+    each_channel(a, block, first, [&](uint32_t i, const Fetched& of) {
+      const float2 mean = mean_of(a.sizes.by_width.quotient(i));
+      const float h = -of.rstd * of.rstd * mean.y;
+      shared_at<float4>(a.gradients)[i] = make_float4(
+          of.weight * of.rstd, h, -of.rstd * mean.x - (sizeof(T) == 2 ? h * of.mean : 0.0f), of.mean);
+    });
+  }
+  __device__ __forceinline__ float operator()(float h_, float g_) const {
+    return g * g_ + (h * (sizeof(T) == 2 ? h_ : h_ - mean) + offset);
   }
 };
 
@@ -134,110 +195,67 @@ __device__ __forceinline__ Vec<T, V> finish(const Arguments& a, float (&dh)[V], 
 
 // ---- channels_last: the threads' columns are as in the forward
 
-template <class T, int V>
+template <class T, int V, bool silu>
 struct Nhwc {
   const Arguments& a;
   const Block& block;
+  T* data;  // in shared memory: of h, then of grad or g
   uint32_t begin, length;
   Columns<V> columns;
   using Elements = Vec<T, V>;
 
-  __device__ __forceinline__ Nhwc(const Arguments& a_, const Block& block_)
+  __device__ __forceinline__ Nhwc(const Arguments& a_, const Block& block_, T* data_)
       : a(a_),
         block(block_),
+        data(data_),
         begin(a_.cut.begin(block_.part)),
         length(a_.cut.length(block_.part)),
-        columns(a_.cut.slice) {}
+        columns(a_.cut) {}
 
-  __device__ __forceinline__ T* kept_h() const { return shared_at<T>(a.data); }
+  __device__ __forceinline__ T* kept_h() const { return data; }
   __device__ __forceinline__ T* kept_g() const { return kept_h() + a.cut.size * a.cut.slice; }
   // of the part's first pixel, in a tensor with all channels
   __device__ __forceinline__ int64_t whole(uint32_t c) const {
     return (block.b * a.sizes.pixels + begin) * a.sizes.channels + c;
   }
-  __device__ __forceinline__ int left(uint32_t p) const {
-    return static_cast<int>(min(static_cast<uint32_t>(kInFlight), (length - p - 1) / columns.rows + 1));
+
+  // h and grad into shared memory; a thread copies what it alone reads
+  __device__ __forceinline__ void copy() const {
+    const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
+    for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
+      const uint32_t c = block.slice * a.cut.slice + column * V;
+      uint32_t stride;
+      const T* h = pair.nhwc(a.sizes, block.b, begin, c, stride);
+      const T* grad = static_cast<const T*>(a.grad) + whole(c);
+      for (uint32_t p = columns.row; p < length; p += columns.rows) {
+        const uint32_t at = p * a.cut.slice + column * V;
+        Elements::copy(kept_h() + at, h + int64_t{p} * stride);
+        Elements::copy(kept_g() + at, grad + int64_t{p} * a.sizes.channels);
+      }
+    }
   }
 
   // into shared memory: [3, row, channel of the slice]
   template <bool one>
-  __device__ __forceinline__ void sums(const Parameters& parameters) const {
+  __device__ __forceinline__ void sums() const {
     float* partial = shared_at<float>(a.partial);
+    if (one) wait_for_copies();
     for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
       const uint32_t c = block.slice * a.cut.slice + column * V;
       uint32_t stride;
       const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
       const T* h = pair.nhwc(a.sizes, block.b, begin, c, stride);
       const T* grad = static_cast<const T*>(a.grad) + whole(c);
-      Channel channel[V];
+      Channel<T, silu> channel[V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) channel[v] = Channel(parameters, column * V + v);
+      for (int v = 0; v < V; ++v) channel[v] = Channel<T, silu>(a, column * V + v);
       Sums sums[V];
-      for (uint32_t p = columns.row; p < length; p += kInFlight * columns.rows) {
-        const int n = left(p);
-        Elements x[kInFlight] = {}, g[kInFlight] = {};
+      constexpr int K = one ? 2 : kInFlight;
+      for (uint32_t p = columns.row; p < length; p += K * columns.rows) {
+        Elements x[K] = {}, g[K] = {};
 #pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          if (k >= n) continue;
-          const uint32_t pixel = p + k * columns.rows;
-          x[k] = Elements::load_constant(h + static_cast<int64_t>(pixel) * stride);
-          g[k] = Elements::load_constant(grad + static_cast<int64_t>(pixel) * a.sizes.channels);
-        }
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          if (k >= n) continue;
-          float known[V];
-          with_silu(a.silu, [&](auto silu) {
-#pragma unroll
-            for (int v = 0; v < V; ++v)
-              known[v] = channel[v].template add<T, silu.value>(x[k].at(v), g[k].at(v), sums[v]);
-          });
-          if (one) {
-            const uint32_t at = (p + k * columns.rows) * a.cut.slice + column * V;
-            x[k].keep(kept_h() + at);
-            Elements::of(known).keep(kept_g() + at);
-          }
-        }
-      }
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const uint32_t at = entry(column * V + v, columns.row);
-        partial[at] = sums[v].g;
-        partial[plane() + at] = sums[v].gx;
-        partial[2 * plane() + at] = sums[v].x;
-      }
-    }
-  }
-  // and their number and places for channel i of the slice
-  __device__ __forceinline__ uint32_t entries() const { return columns.rows; }
-  __device__ __forceinline__ uint32_t plane() const { return Columns<V>::places(a.cut.slice); }
-  __device__ __forceinline__ uint32_t entry(uint32_t i, uint32_t row) const { return columns.place(row, i); }
-
-  template <bool one>
-  __device__ __forceinline__ void apply(const Parameters& parameters, const Means* means) const {
-    for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
-      const uint32_t c = block.slice * a.cut.slice + column * V;
-      Channel channel[V];
-      Means mean[V];
-      Kept kept[V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        channel[v] = Channel(parameters, column * V + v);
-        mean[v] = means[a.sizes.by_width.quotient(column * V + v)];
-        kept[v] = Kept(channel[v], mean[v]);
-      }
-      uint32_t stride;
-      const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
-      const T* h = pair.nhwc(a.sizes, block.b, begin, c, stride);
-      const Pair<T> out{static_cast<const T*>(a.dh), static_cast<const T*>(a.dh2)};
-      T* dh = const_cast<T*>(out.nhwc(a.sizes, block.b, begin, c, stride));
-      const T* grad = static_cast<const T*>(a.grad) + whole(c);
-      for (uint32_t p = columns.row; p < length; p += kInFlight * columns.rows) {
-        const int n = left(p);
-        Elements x[kInFlight] = {}, g[kInFlight] = {};
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          if (k >= n) continue;
+        for (int k = 0; k < K; ++k) {
+          if (p + k * columns.rows >= length) continue;
           const uint32_t pixel = p + k * columns.rows, at = pixel * a.cut.slice + column * V;
           x[k] = one ? Elements::load(kept_h() + at)
                      : Elements::load_constant(h + static_cast<int64_t>(pixel) * stride);
@@ -245,22 +263,107 @@ struct Nhwc {
                      : Elements::load_constant(grad + static_cast<int64_t>(pixel) * a.sizes.channels);
         }
 #pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          if (k >= n) continue;
-          const uint32_t pixel = p + k * columns.rows;
+        for (int k = 0; k < K; ++k) {
+          if (p + k * columns.rows >= length) continue;
+          float known[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) known[v] = channel[v].add(x[k].at(v), g[k].at(v), sums[v]);
+          if (one) Elements::of(known).keep(kept_g() + (p + k * columns.rows) * a.cut.slice + column * V);
+        }
+      }
+      for (uint32_t mask = 16; mask >= a.shares.least_mask; mask /= 2) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sums[v].add_lane(static_cast<int>(mask));
+      }
+      if (columns.row & ((1u << a.shares.log_rows) - 1)) continue;
+      const uint32_t at = (columns.row >> a.shares.log_rows) * columns.count + column;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        float* to = partial + at + v * a.shares.apart;
+        to[0] = sums[v].g;
+        to[a.shares.plane] = sums[v].gx;
+        to[2 * a.shares.plane] = sums[v].x;
+      }
+    }
+  }
+  // place of the k-th sums of channel i of the slice
+  __device__ __forceinline__ uint32_t entry(uint32_t i, uint32_t k) const {
+    return i % V * a.shares.apart + k * columns.count + i / V;
+  }
+
+  // one: the places of what was read are for the same of `next`, where more is to come
+  template <bool one>
+  __device__ __forceinline__ void apply(bool more, const Block& next) const {
+    const Nhwc after(a, next, data);
+    const uint32_t next_length = one && more ? after.length : 0;
+    const Pair<T> in{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
+    const Pair<T> out{static_cast<const T*>(a.dh), static_cast<const T*>(a.dh2)};
+    for (uint32_t column = columns.column; column < columns.count; column += columns.step) {
+      Channel<T, silu> channel[V];
+      Gradient<T> gradient[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (!one) channel[v] = Channel<T, silu>(a, column * V + v);
+        gradient[v] = Gradient<T>(a, column * V + v);
+      }
+      // one: h and grad are those of `next`
+      const Nhwc& from = one ? after : *this;
+      const uint32_t c = block.slice * a.cut.slice + column * V;
+      const uint32_t from_c = from.block.slice * a.cut.slice + column * V;
+      uint32_t stride, dh_stride;
+      const T* h = in.nhwc(a.sizes, from.block.b, from.begin, from_c, stride);
+      h += int64_t{columns.row} * stride;
+      const T* grad =
+          static_cast<const T*>(a.grad) + from.whole(from_c) + int64_t{columns.row} * a.sizes.channels;
+      T* dh = const_cast<T*>(out.nhwc(a.sizes, block.b, begin, c, dh_stride));
+      dh += int64_t{columns.row} * dh_stride;
+      T* kept = data + columns.row * a.cut.slice + column * V;
+      int64_t at = whole(c) + int64_t{columns.row} * a.sizes.channels;
+      const int64_t h_step = int64_t{columns.rows} * stride, dh_step = int64_t{columns.rows} * dh_stride,
+                    step = int64_t{columns.rows} * a.sizes.channels;
+      const uint32_t kept_step = columns.rows * a.cut.slice, to_g = a.cut.size * a.cut.slice;
+
+      constexpr int K = one ? kInFlight : 2;
+      uint32_t p = columns.row;
+      const auto some = [&](auto every) {
+        constexpr bool all = decltype(every)::value;
+        Elements x[K], g[K];
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          if (!all && p + k * columns.rows >= length) continue;
+          x[k] = one ? Elements::load(kept + k * kept_step) : Elements::load_constant(h + k * h_step);
+          g[k] = one ? Elements::load(kept + to_g + k * kept_step) : Elements::load_constant(grad + k * step);
+        }
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          if (!all && p + k * columns.rows >= length) continue;
           float result[V];
-          if constexpr (one) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) result[v] = kept[v].gradient(x[k].at(v), g[k].at(v));
-          } else {
-            with_silu(a.silu, [&](auto silu) {
+          for (int v = 0; v < V; ++v)
+            result[v] = gradient[v](x[k].at(v), one ? g[k].at(v) : channel[v].g(x[k].at(v), g[k].at(v)));
+          finish<T, V>(a, result, at + k * step).store(dh + k * dh_step);
+        }
+        if constexpr (one) {
 #pragma unroll
-              for (int v = 0; v < V; ++v)
-                result[v] = channel[v].template gradient<T, silu.value>(x[k].at(v), g[k].at(v), mean[v]);
-            });
+          for (int k = 0; k < K; ++k) {
+            if (p + k * columns.rows >= next_length) continue;
+            Elements::copy(kept + k * kept_step, h + k * h_step);
+            Elements::copy(kept + to_g + k * kept_step, grad + k * step);
           }
-          finish<T, V>(a, result, whole(c) + static_cast<int64_t>(pixel) * a.sizes.channels)
-              .store(dh + static_cast<int64_t>(pixel) * stride);
+        }
+        p += K * columns.rows;
+        h += K * h_step;
+        grad += K * step;
+        dh += K * dh_step;
+        at += K * step;
+        kept += K * kept_step;
+      };
+      while (p + (K - 1) * columns.rows < length) some(std::true_type{});
+      if (p < length) some(std::false_type{});
+      if constexpr (one) {  // a longer next part
+        for (; p < next_length; p += columns.rows, h += h_step, grad += step, kept += kept_step) {
+          Elements::copy(kept, h);
+          Elements::copy(kept + to_g, grad);
         }
       }
     }
@@ -270,105 +373,103 @@ struct Nhwc {
 // ---- NCHW: a slice is a group, a part some vectors of each of its channels. A team of lanes takes a piece
 // of a channel.
 
-template <class T, int V>
+template <class T, int V, bool silu>
 struct Nchw {
   const Arguments& a;
   const Block& block;
+  T* data;
   uint32_t begin, length;
-  uint32_t lanes, teams, pieces, piece;  // pieces of a channel, vectors of a piece
   using Elements = Vec<T, V>;
 
-  static SR3FAST_HD uint32_t lanes_for(uint32_t length) { return length >= 64 ? 32 : 8; }
-  static SR3FAST_HD uint32_t pieces_for(uint32_t length, uint32_t channels) {
-    const uint32_t teams = kThreads / lanes_for(length);
-    return channels < teams ? teams / channels : 1;
-  }
-
-  __device__ __forceinline__ Nchw(const Arguments& a_, const Block& block_)
-      : a(a_), block(block_), begin(a_.cut.begin(block_.part)), length(a_.cut.length(block_.part)) {
-    lanes = lanes_for(a.cut.size);
-    teams = kThreads / lanes;
-    pieces = pieces_for(a.cut.size, a.cut.slice);
-    piece = (length + pieces - 1) / pieces;
-  }
+  __device__ __forceinline__ Nchw(const Arguments& a_, const Block& block_, T* data_)
+      : a(a_),
+        block(block_),
+        data(data_),
+        begin(a_.cut.begin(block_.part)),
+        length(a_.cut.length(block_.part)) {}
 
   // f(item, channel of the slice, first vector, end of the vectors) for this thread's share; every thread of
   // a warp makes the same number of calls
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
-    const uint32_t items = a.cut.slice * pieces, lane = threadIdx.x % lanes;
-    for (uint32_t round = 0; round < items; round += teams) {
-      const uint32_t item = round + threadIdx.x / lanes;
-      const uint32_t i = item / pieces, first = (item - i * pieces) * piece;
-      f(item, i, first + lane, item < items ? min(first + piece, length) : 0);
+    const Shares& of = a.shares;
+    const uint32_t items = a.cut.slice * of.pieces, lane = threadIdx.x & (of.lanes() - 1);
+    for (uint32_t round = 0; round < items; round += kThreads >> of.log_lanes) {
+      const uint32_t item = round + (threadIdx.x >> of.log_lanes);
+      const uint32_t i = of.by_pieces.quotient(item), first = (item - i * of.pieces) * of.piece;
+      f(item, i, first + lane, item < items ? min(first + of.piece, length) : 0);
     }
   }
-  __device__ __forceinline__ T* kept_h() const { return shared_at<T>(a.data); }
+  __device__ __forceinline__ T* kept_h() const { return data; }
   __device__ __forceinline__ T* kept_g() const { return kept_h() + a.cut.size * a.cut.slice * V; }
   __device__ __forceinline__ int64_t whole(uint32_t c) const {
     return (block.b * a.sizes.channels + c) * a.sizes.pixels + static_cast<int64_t>(begin) * V;
   }
-  __device__ __forceinline__ int left(uint32_t p, uint32_t end) const {
-    return static_cast<int>(min(static_cast<uint32_t>(kInFlight), (end - p - 1) / lanes + 1));
+  __device__ __forceinline__ void copy() const {
+    each([&](uint32_t, uint32_t i, uint32_t first, uint32_t end) {
+      for (uint32_t p = first; p < end; p += a.shares.lanes()) copy_one(i, p);
+    });
+  }
+  // vector p of channel i, of h and grad, into shared memory
+  __device__ __forceinline__ void copy_one(uint32_t i, uint32_t p) const {
+    const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
+    const uint32_t c = block.slice * a.cut.slice + i, at = (i * a.cut.size + p) * V;
+    Elements::copy(kept_h() + at, pair.nchw(a.sizes, block.b, c) + static_cast<int64_t>(begin + p) * V);
+    Elements::copy(kept_g() + at, static_cast<const T*>(a.grad) + whole(c) + static_cast<int64_t>(p) * V);
   }
 
   // into shared memory: [3, item]
   template <bool one>
-  __device__ __forceinline__ void sums(const Parameters& parameters) const {
+  __device__ __forceinline__ void sums() const {
     float* partial = shared_at<float>(a.partial);
+    const uint32_t lanes = a.shares.lanes();
+    if (one) wait_for_copies();
     each([&](uint32_t item, uint32_t i, uint32_t first, uint32_t end) {
       Sums sums;
       if (first < end) {
-        const Channel channel(parameters, i);
+        const Channel<T, silu> channel(a, i);
         const uint32_t c = block.slice * a.cut.slice + i;
         const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
         const T* h = pair.nchw(a.sizes, block.b, c) + static_cast<int64_t>(begin) * V;
         const T* grad = static_cast<const T*>(a.grad) + whole(c);
         for (uint32_t p = first; p < end; p += kInFlight * lanes) {
-          const int n = left(p, end);
           Elements x[kInFlight] = {}, g[kInFlight] = {};
 #pragma unroll
           for (int k = 0; k < kInFlight; ++k) {
-            if (k >= n) continue;
-            x[k] = Elements::load_constant(h + static_cast<int64_t>(p + k * lanes) * V);
-            g[k] = Elements::load_constant(grad + static_cast<int64_t>(p + k * lanes) * V);
+            if (p + k * lanes >= end) continue;
+            const uint32_t q = p + k * lanes, at = (i * a.cut.size + q) * V;
+            x[k] = one ? Elements::load(kept_h() + at)
+                       : Elements::load_constant(h + static_cast<int64_t>(q) * V);
+            g[k] = one ? Elements::load(kept_g() + at)
+                       : Elements::load_constant(grad + static_cast<int64_t>(q) * V);
           }
 #pragma unroll
           for (int k = 0; k < kInFlight; ++k) {
-            if (k >= n) continue;
+            if (p + k * lanes >= end) continue;
             float known[V];
-            with_silu(a.silu, [&](auto silu) {
 #pragma unroll
-              for (int v = 0; v < V; ++v)
-                known[v] = channel.template add<T, silu.value>(x[k].at(v), g[k].at(v), sums);
-            });
-            if (one) {
-              const uint32_t at = (i * a.cut.size + p + k * lanes) * V;
-              x[k].keep(kept_h() + at);
-              Elements::of(known).keep(kept_g() + at);
-            }
+            for (int v = 0; v < V; ++v) known[v] = channel.add(x[k].at(v), g[k].at(v), sums);
+            if (one) Elements::of(known).keep(kept_g() + (i * a.cut.size + p + k * lanes) * V);
           }
         }
       }
-      const float g = lane_sum(sums.g, lanes), gx = lane_sum(sums.gx, lanes), x = lane_sum(sums.x, lanes);
-      if (threadIdx.x % lanes == 0 && i < a.cut.slice) {
-        partial[item] = g;
-        partial[plane() + item] = gx;
-        partial[2 * plane() + item] = x;
+      sums.over(static_cast<int>(lanes));
+      if ((threadIdx.x & (lanes - 1)) == 0 && i < a.cut.slice) {
+        partial[item] = sums.g;
+        partial[a.shares.plane + item] = sums.gx;
+        partial[2 * a.shares.plane + item] = sums.x;
       }
     });
   }
-  __device__ __forceinline__ uint32_t entries() const { return pieces; }
-  __device__ __forceinline__ uint32_t plane() const { return a.cut.slice * pieces; }
-  __device__ __forceinline__ uint32_t entry(uint32_t i, uint32_t k) const { return i * pieces + k; }
+  __device__ __forceinline__ uint32_t entry(uint32_t i, uint32_t k) const { return i * a.shares.pieces + k; }
 
   template <bool one>
-  __device__ __forceinline__ void apply(const Parameters& parameters, const Means* means) const {
+  __device__ __forceinline__ void apply(bool more, const Block& next) const {
+    const uint32_t lanes = a.shares.lanes();
     each([&](uint32_t, uint32_t i, uint32_t first, uint32_t end) {
       if (first >= end) return;
-      const Channel channel(parameters, i);
-      const Means mean = means[0];
-      const Kept kept(channel, mean);
+      const Channel<T, silu> channel(a, i);
+      const Gradient<T> gradient(a, i);
       const uint32_t c = block.slice * a.cut.slice + i;
       const Pair<T> pair{static_cast<const T*>(a.h), static_cast<const T*>(a.h2)};
       const Pair<T> out{static_cast<const T*>(a.dh), static_cast<const T*>(a.dh2)};
@@ -376,11 +477,10 @@ struct Nchw {
       T* dh = const_cast<T*>(out.nchw(a.sizes, block.b, c)) + static_cast<int64_t>(begin) * V;
       const T* grad = static_cast<const T*>(a.grad) + whole(c);
       for (uint32_t p = first; p < end; p += kInFlight * lanes) {
-        const int n = left(p, end);
         Elements x[kInFlight] = {}, g[kInFlight] = {};
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
-          if (k >= n) continue;
+          if (p + k * lanes >= end) continue;
           const uint32_t q = p + k * lanes, at = (i * a.cut.size + q) * V;
           x[k] =
               one ? Elements::load(kept_h() + at) : Elements::load_constant(h + static_cast<int64_t>(q) * V);
@@ -389,167 +489,237 @@ struct Nchw {
         }
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
-          if (k >= n) continue;
+          if (p + k * lanes >= end) continue;
           const int64_t q = static_cast<int64_t>(p + k * lanes) * V;
           float result[V];
-          if constexpr (one) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) result[v] = kept.gradient(x[k].at(v), g[k].at(v));
-          } else {
-            with_silu(a.silu, [&](auto silu) {
-#pragma unroll
-              for (int v = 0; v < V; ++v)
-                result[v] = channel.template gradient<T, silu.value>(x[k].at(v), g[k].at(v), mean);
-            });
-          }
+          for (int v = 0; v < V; ++v)
+            result[v] = gradient(x[k].at(v), one ? g[k].at(v) : channel.g(x[k].at(v), g[k].at(v)));
           finish<T, V>(a, result, whole(c) + q).store(dh + q);
         }
       }
     });
+    if (one && more) Nchw(a, next, data).copy();  // to where this thread read
   }
 };
 
 // ---- both layouts
 
-// The block's sums of each channel of the slice: f(channel, lane, lanes, sums), by a team of lanes.
-template <class Work, class F>
-__device__ __forceinline__ void channel_sums(const Arguments& a, const Work& work, F&& f) {
-  const float* partial = shared_at<float>(a.partial);
-  const int lanes = team_for(a.cut.slice), teams = kThreads / lanes, lane = threadIdx.x % lanes;
-  for (uint32_t round = 0; round < a.cut.slice; round += teams) {
-    const uint32_t i =
-        min(round + threadIdx.x / lanes, a.cut.slice - 1);  // a team with none repeats the last
-    Sums sums;
-#pragma unroll 4
-    for (uint32_t k = lane; k < work.entries(); k += lanes) {
-      const uint32_t at = work.entry(i, k);
-      sums.g += partial[at];
-      sums.gx += partial[work.plane() + at];
-      sums.x += partial[2 * work.plane() + at];
-    }
-    sums.g = lane_sum(sums.g, lanes);
-    sums.gx = lane_sum(sums.gx, lanes);
-    sums.x = lane_sum(sums.x, lanes);
-    f(i, lane, lanes, sums);
-  }
-}
+// What the blocks of a slice tell each other, in a cluster's shared memory or in global memory: of the groups
+// all, of the channels the one that sums them up.
+template <bool cluster>
+struct Letters {
+  const Arguments& a;
+  const Block& block;
+  uint32_t groups;
+  float* channels;  // [channel, 3, part]
+  float2* group;    // [group, part]
 
-// Sums over a slice's parts, source(channel, part); from them the means of the slice's groups, in shared
-// memory, and what the slice's first block leaves behind: totals for dweight and dbias, and dshift.
-template <class Source>
-__device__ __forceinline__ const Means* merge_parts(const Arguments& a, const Block& block,
-                                                    const Parameters& parameters, Source&& source) {
-  const uint32_t slice = a.cut.slice, width = a.sizes.width, groups = slice / width;
-  Sums* total = shared_at<Sums>(a.total);
-  Means* means = shared_at<Means>(a.stat);
-  const int64_t c0 = block.b * a.sizes.channels + block.slice * slice;
-  {
-    const int lanes = team_for(slice), teams = kThreads / lanes, lane = threadIdx.x % lanes;
-    for (uint32_t round = 0; round < slice; round += teams) {
-      const uint32_t own = round + threadIdx.x / lanes, i = min(own, slice - 1);
-      Sums sums;
-#pragma unroll 4
-      for (uint32_t part = lane; part < a.cut.parts; part += lanes) {
-        const Sums of = source(i, part);
-        sums.g += of.g;
-        sums.gx += of.gx;
-        sums.x += of.x;
-      }
-      sums.g = lane_sum(sums.g, lanes);
-      sums.gx = lane_sum(sums.gx, lanes);
-      sums.x = lane_sum(sums.x, lanes);
-      if (lane != 0 || own >= slice) continue;
-      total[i] = sums;
-      if (block.part == 0) {
-        a.totals[c0 + i] = sums.g;
-        a.totals[a.batch * a.sizes.channels + c0 + i] = sums.gx;
-      }
+  __device__ __forceinline__ Letters(const Arguments& a_, const Block& block_)
+      : a(a_), block(block_), groups(a_.cut.slice / a_.sizes.width) {
+    if (cluster) {
+      channels = shared_at<float>(a.channel_received);
+      group = shared_at<float2>(a.group_received);
+    } else {
+      channels = a.channel_parts + (block.b * a.sizes.channels + block.slice * a.cut.slice) * 3 * a.cut.parts;
+      group = a.group_parts + (block.b * a.sizes.groups + block.slice * groups) * a.cut.parts;
     }
   }
-  __syncthreads();
-  {
-    const int lanes = team_for(groups), teams = kThreads / lanes, lane = threadIdx.x % lanes;
-    const float count = static_cast<float>(width) * a.sizes.pixels;
-    for (uint32_t round = 0; round < groups; round += teams) {
-      const uint32_t own = round + threadIdx.x / lanes, group = min(own, groups - 1);
-      float g = 0.0f, gx = 0.0f;
-      for (uint32_t i = group * width + lane; i < (group + 1) * width; i += lanes) {
-        g += parameters.weight[i] * total[i].g;
-        gx += parameters.weight[i] * total[i].gx;
-      }
-      g = lane_sum(g, lanes) / count;
-      gx = lane_sum(gx, lanes) / count;
-      if (lane == 0 && own < groups) means[group] = {g, gx};
-    }
-  }
-  __syncthreads();
-  if (a.dshift && block.part == 0) {
-    for (uint32_t i = threadIdx.x; i < slice; i += kThreads) {
-      const Means mean = means[a.sizes.by_width.quotient(i)];
-      a.dshift[c0 + i] =
-          (parameters.weight[i] * total[i].g - a.sizes.pixels * mean.g - total[i].x * mean.gx) *
-          parameters.rstd[i];
-    }
-  }
-  return means;
-}
-
-template <class Work>
-__global__ void __launch_bounds__(kThreads, 2) one_kernel(const Arguments a) {
-  cluster_arrive_relaxed();  // a peer's shared memory is there once the peer has started
-  const Block block(a.cut, a.first_sample);
-  const Parameters parameters(a);
-  parameters.load(a, block);
-  __syncthreads();
-  const Work work(a, block);
-  work.template sums<true>(parameters);
-  __syncthreads();
-  cluster_wait();
-  Sums* received = shared_at<Sums>(a.received);  // [part, channel]
-  channel_sums(a, work, [&](uint32_t i, int lane, int lanes, const Sums& sums) {
-    for (uint32_t peer = lane; peer < a.cut.parts; peer += lanes)
-      cluster_peer(received, peer)[block.part * a.cut.slice + i] = sums;
-  });
-  cluster_arrive();
-  cluster_wait();
-  const Means* means = merge_parts(
-      a, block, parameters, [&](uint32_t i, uint32_t part) { return received[part * a.cut.slice + i]; });
-  work.template apply<true>(parameters, means);
-}
-
-__device__ __forceinline__ float* partials_of(const Arguments& a, const Block& block, uint32_t i) {
-  return a.partials + (block.b * a.sizes.channels + block.slice * a.cut.slice + i) * 3 * a.cut.parts;
-}
-
-template <class Work>
-__global__ void __launch_bounds__(kThreads, 2) sums_kernel(const Arguments a) {
-  const Block block(a.cut, a.first_sample);
-  const Parameters parameters(a);
-  parameters.load(a, block);
-  __syncthreads();
-  const Work work(a, block);
-  work.template sums<false>(parameters);
-  __syncthreads();
-  channel_sums(a, work, [&](uint32_t i, int lane, int, const Sums& sums) {
-    if (lane != 0) return;
-    float* to = partials_of(a, block, i) + block.part;
+  __device__ __forceinline__ void tell_channel(uint32_t i, const Sums& sums) const {
+    float* to = (cluster ? cluster_peer(channels, 0) : channels) + i * 3 * a.cut.parts + block.part;
     to[0] = sums.g;
     to[a.cut.parts] = sums.gx;
     to[2 * a.cut.parts] = sums.x;
+  }
+  __device__ __forceinline__ void tell_group(uint32_t i, int lane, int lanes, float2 sums) const {
+    const uint32_t at = i * a.cut.parts + block.part;
+    if constexpr (cluster) {
+      for (uint32_t peer = lane; peer < a.cut.parts; peer += lanes) cluster_peer(group, peer)[at] = sums;
+    } else {
+      if (lane == 0) tell(group + at, sums);
+    }
+  }
+
+  // The block's sums, told to the others.
+  template <class Work>
+  __device__ __forceinline__ void send(const Work& work) const {
+    const float* partial = shared_at<float>(a.partial);
+    const float4* channel = shared_at<float4>(a.channels);
+    const float* weight = shared_at<float>(a.weights);
+    Sums* total = shared_at<Sums>(a.total);
+    by_teams(a.cut.slice, [&](uint32_t i, int lane, int lanes, bool own) {
+      Sums sums;
+#pragma unroll 4
+      for (uint32_t k = lane; k < a.shares.entries; k += lanes) {
+        const uint32_t at = work.entry(i, k);
+        sums.add({partial[at], partial[a.shares.plane + at], partial[2 * a.shares.plane + at]});
+      }
+      sums.over(lanes);
+      if (lane != 0 || !own) return;
+      sums.gx *= channel[i].w;
+      sums.x *= channel[i].w;
+      total[i] = sums;
+      tell_channel(i, sums);
+    });
+    __syncthreads();
+    by_teams(groups, [&](uint32_t of, int lane, int lanes, bool) {
+      float g = 0.0f, gx = 0.0f;
+      for (uint32_t i = of * a.sizes.width + lane; i < (of + 1) * a.sizes.width; i += lanes) {
+        g += weight[i] * total[i].g;
+        gx += weight[i] * total[i].gx;
+      }
+      g = lane_sum(g, lanes);
+      gx = lane_sum(gx, lanes);
+      tell_group(of, lane, lanes, make_float2(g, gx));
+    });
+  }
+
+  // The means of the slice's groups, <weight g> and <weight g x_hat>, in shared memory.
+  __device__ __forceinline__ const float2* means() const {
+    float2* means = shared_at<float2>(a.stat);
+    const float inverse = 1.0f / (static_cast<float>(a.sizes.width) * a.sizes.pixels);
+    by_teams(groups, [&](uint32_t i, int lane, int lanes, bool own) {
+      float g = 0.0f, gx = 0.0f;
+      const auto add = [&](int, float2 of) {
+        g += of.x;
+        gx += of.y;
+      };
+      constexpr int K = 4;
+      const float2* from = group + i * a.cut.parts;
+      for (uint32_t part = lane; part < a.cut.parts; part += K * lanes) {
+        const uint32_t n = (a.cut.parts - part + lanes - 1) / lanes;
+        if constexpr (cluster) {
+          for (uint32_t k = 0; k < n && k < K; ++k) add(0, from[part + k * lanes]);
+        } else {
+          hear_some<K>(from + part, lanes, n, add);
+        }
+      }
+      g = lane_sum(g, lanes) * inverse;
+      gx = lane_sum(gx, lanes) * inverse;
+      if (lane == 0 && own) means[i] = make_float2(g, gx);
+    });
+    __syncthreads();
+    return means;
+  }
+};
+
+// What is left of a channel of a sample: totals for dweight and dbias, and dshift.
+__device__ __forceinline__ void leave(const Arguments& a, const Block& block, uint32_t i, const Sums& sums,
+                                      float2 mean) {
+  const int64_t c = block.b * a.sizes.channels + block.slice * a.cut.slice + i;
+  a.totals[c] = sums.g;
+  a.totals[a.batch * a.sizes.channels + c] = sums.gx;
+  if (!a.dshift) return;
+  const Fetched channel(a, block, i);
+  a.dshift[c] = (channel.weight * sums.g - a.sizes.pixels * mean.x - sums.x * mean.y) * channel.rstd;
+}
+
+template <class T, int V, bool nhwc, bool silu>
+using Work = std::conditional_t<nhwc, Nhwc<T, V, silu>, Nchw<T, V, silu>>;
+
+template <class T, int V, bool nhwc, bool silu>
+__global__ void __launch_bounds__(kThreads, 2) cluster_kernel(const Arguments a) {
+  cluster_arrive_relaxed();  // a peer's shared memory is there once the peer has started
+  const Block block(a.cut, blockIdx.x, a.first_sample);
+  const Fetched fetched = fetch(a, block);
+  const Work<T, V, nhwc, silu> work(a, block, shared_at<T>(a.data));
+  work.copy();
+  Channel<T, silu>::put(a, block, fetched);
+  __syncthreads();
+  work.template sums<true>();
+  __syncthreads();
+  cluster_wait();
+  const Letters<true> letters(a, block);
+  letters.send(work);
+  cluster_arrive();
+  cluster_wait();
+  const float2* means = letters.means();
+  Gradient<T>::put(a, block, fetched, [&](uint32_t group) { return means[group]; });
+  __syncthreads();
+  work.template apply<true>(false, block);
+  if (block.part != 0) return;
+  by_teams(a.cut.slice, [&](uint32_t i, int lane, int lanes, bool own) {
+    Sums sums;
+    for (uint32_t part = lane; part < a.cut.parts; part += lanes) {
+      const float* from = letters.channels + i * 3 * a.cut.parts + part;
+      sums.add({from[0], from[a.cut.parts], from[2 * a.cut.parts]});
+    }
+    sums.over(lanes);
+    if (lane == 0 && own) leave(a, block, i, sums, means[a.sizes.by_width.quotient(i)]);
   });
 }
 
-template <class Work>
-__global__ void __launch_bounds__(kThreads, 2) apply_kernel(const Arguments a) {
-  const Block block(a.cut, a.first_sample);
-  const Parameters parameters(a);
-  parameters.load(a, block);
+template <class T, int V, bool nhwc, bool silu>
+__global__ void __launch_bounds__(kThreads, kGridBlocks) grid_kernel(const Arguments a) {
+  using Work = Work<T, V, nhwc, silu>;
+  T* data = shared_at<T>(a.data);
+  Block next(a.cut, blockIdx.x, a.first_sample);
+  Work(a, next, data).copy();
+  for (uint32_t index = blockIdx.x; index < a.units;) {
+    const Block block = next;
+    index += gridDim.x;
+    const bool more = index < a.units;
+    if (more) next = Block(a.cut, index, a.first_sample);
+    const Fetched fetched = fetch(a, block);
+    Channel<T, silu>::put(a, block, fetched);
+    __syncthreads();
+    const Work work(a, block, data);
+    work.template sums<true>();
+    __syncthreads();
+    const Letters<false> letters(a, block);
+    letters.send(work);
+    const float2* means = letters.means();
+    Gradient<T>::put(a, block, fetched, [&](uint32_t group) { return means[group]; });
+    __syncthreads();
+    work.template apply<true>(more, next);
+  }
+}
+
+template <class T, int V, bool nhwc, bool silu>
+__global__ void __launch_bounds__(kThreads, 2) sums_kernel(const Arguments a) {
+  const Block block(a.cut, blockIdx.x, a.first_sample);
+  Channel<T, silu>::put(a, block, fetch(a, block));
   __syncthreads();
-  const Means* means = merge_parts(a, block, parameters, [&](uint32_t i, uint32_t part) {
-    const float* from = partials_of(a, block, i) + part;
-    return Sums{from[0], from[a.cut.parts], from[2 * a.cut.parts]};
-  });
-  Work(a, block).template apply<false>(parameters, means);
+  const Work<T, V, nhwc, silu> work(a, block, nullptr);
+  work.template sums<false>();
+  __syncthreads();
+  Letters<false>(a, block).send(work);
+}
+
+template <class T, int V, bool nhwc, bool silu>
+__global__ void __launch_bounds__(kThreads, 2) apply_kernel(const Arguments a) {
+  const Block block(a.cut, blockIdx.x, a.first_sample);
+  const Fetched fetched = fetch(a, block);
+  const float2* means = Letters<false>(a, block).means();
+  Channel<T, silu>::put(a, block, fetched);
+  Gradient<T>::put(a, block, fetched, [&](uint32_t group) { return means[group]; });
+  __syncthreads();
+  Work<T, V, nhwc, silu>(a, block, nullptr).template apply<false>(false, block);
+}
+
+// Where a slice's parts told each other through global memory: what is left of their channels, a warp for
+// each.
+__global__ void __launch_bounds__(kThreads) totals_kernel(const Arguments a) {
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (channel >= a.batch * a.sizes.channels) return;
+  const int64_t b = channel / a.sizes.channels;
+  const auto c = static_cast<uint32_t>(channel - b * a.sizes.channels);
+  const float* from = a.channel_parts + channel * 3 * a.cut.parts;
+  const float2* group = a.group_parts + (b * a.sizes.groups + a.sizes.by_width.quotient(c)) * a.cut.parts;
+  Sums sums;
+  float2 mean = make_float2(0.0f, 0.0f);
+  for (uint32_t part = threadIdx.x % 32; part < a.cut.parts; part += 32) {
+    sums.add({from[part], from[a.cut.parts + part], from[2 * a.cut.parts + part]});
+    mean.x += group[part].x;
+    mean.y += group[part].y;
+  }
+  sums.over(32);
+  const float inverse = 1.0f / (static_cast<float>(a.sizes.width) * a.sizes.pixels);
+  mean.x = lane_sum(mean.x, 32) * inverse;
+  mean.y = lane_sum(mean.y, 32) * inverse;
+  Block block(a.cut, 0, b);
+  block.slice = c / a.cut.slice;
+  if (threadIdx.x % 32 == 0) leave(a, block, c - block.slice * a.cut.slice, sums, mean);
 }
 
 // dweight and dbias: sums over the samples, 32 channels a block.
@@ -577,66 +747,110 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- how the work is cut
 
-template <class T, int V, bool nhwc>
+template <class T, int V, bool nhwc, bool silu>
 struct Plan {
-  using Work = std::conditional_t<nhwc, Nhwc<T, V>, Nchw<T, V>>;
   const Sizes& s;
 
   // vectors of a channel, or pixels; bytes of h and grad in each
   uint32_t total() const { return nhwc ? s.pixels : s.pixels / V; }
   int64_t bytes(uint32_t slice) const { return 2 * int64_t{slice} * (nhwc ? 1 : V) * sizeof(T); }
 
-  static int64_t lay_out(Arguments& a, bool one) {
+  static int64_t lay_out(Arguments& a, bool kept, bool received) {
     Layout layout;
-    const uint32_t slice = a.cut.slice;
-    const uint32_t places =
-        nhwc ? Columns<V>::places(slice) : slice * Nchw<T, V>::pieces_for(a.cut.size, slice);
-    if (one) a.data = layout.add(a.cut.size * Plan{a.sizes}.bytes(slice));
-    a.partial = layout.add(int64_t{places} * sizeof(Sums));
-    a.parameters = layout.add(int64_t{4} * slice * sizeof(float));
-    if (one) a.received = layout.add(int64_t{a.cut.parts} * slice * sizeof(Sums));
+    const uint32_t slice = a.cut.slice, groups = slice / a.sizes.width;
+    if (nhwc) lay_columns(a.cut, V);
+    a.shares = nhwc ? Shares::nhwc(a.cut, V) : Shares::nchw(a.cut);
+    if (kept) a.data = layout.add(a.cut.size * Plan{a.sizes}.bytes(slice));
+    a.partial = layout.add(int64_t{a.shares.plane} * sizeof(Sums));
+    a.channels = layout.add(int64_t{slice} * sizeof(float4));
+    a.weights = layout.add(int64_t{slice} * sizeof(float));
+    a.gradients = layout.add(int64_t{slice} * sizeof(float4));
+    if (received) a.group_received = layout.add(int64_t{a.cut.parts} * groups * sizeof(float2));
+    if (received) a.channel_received = layout.add(int64_t{a.cut.parts} * slice * sizeof(Sums));
     a.total = layout.add(int64_t{slice} * sizeof(Sums));
-    a.stat = layout.add(slice / a.sizes.width * sizeof(Means));
+    a.stat = layout.add(groups * sizeof(float2));
     return layout.bytes;
   }
 
+  static void lay_out_scratch(Arguments& a, const Exec& exec) {
+    a.totals = static_cast<float*>(exec.scratch);
+    a.group_parts = reinterpret_cast<float2*>(a.totals + 2 * a.batch * a.sizes.channels);
+    a.channel_parts = reinterpret_cast<float*>(a.group_parts + a.batch * a.sizes.groups * a.cut.parts);
+  }
+
   // Whether a cluster can hold a slice; then it is done.
-  static bool run_one(const char* op, Arguments& a, const Exec& exec) {
+  static bool run_clusters(const char* op, Arguments& a, const Exec& exec) {
     const Plan plan{a.sizes};
-    const auto kernel = one_kernel<Work>;
+    const auto kernel = cluster_kernel<T, V, nhwc, silu>;
     for (const Room& room : kRooms) {
       a.cut = cluster_cut<nhwc>(
           a.sizes, a.batch, V, sizeof(T), plan.total(), [&](uint32_t slice) { return plan.bytes(slice); },
           room, widest_cluster(kernel, kThreads, room.shared, exec.device), exec.device);
       if (a.cut.parts == 0) continue;
-      const int64_t shared = lay_out(a, true);
+      const int64_t shared = lay_out(a, true, true), blocks = a.batch * a.cut.slices * a.cut.parts;
       if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) continue;
-      launch(op, kernel,
-             {a.batch * a.cut.slices * a.cut.parts, kThreads, shared, static_cast<int>(a.cut.parts),
-              exec.stream},
-             a);
+      lay_out_scratch(a, exec);
+      launch(op, kernel, {blocks, kThreads, shared, static_cast<int>(a.cut.parts), exec.stream}, a);
       return true;
     }
     return false;
   }
 
+  // Whether blocks that run at once can; then it is done.
+  static bool run_grid(const char* op, Arguments& a, const Exec& exec) {
+    const Plan plan{a.sizes};
+    a.cut = grid_cut<nhwc>(
+        a.sizes, a.batch, V, sizeof(T), plan.total(), [&](uint32_t slice) { return plan.bytes(slice); },
+        exec.device);
+    if (a.cut.parts == 0) return false;
+    const int64_t units = a.batch * a.cut.slices * a.cut.parts;
+    if (a.cut.parts == 1) {  // nobody to meet
+      const int64_t shared = lay_out(a, true, true);
+      lay_out_scratch(a, exec);
+      launch(op, cluster_kernel<T, V, nhwc, silu>, {units, kThreads, shared, 1, exec.stream}, a);
+      return true;
+    }
+    const auto kernel = grid_kernel<T, V, nhwc, silu>;
+    const int64_t shared = lay_out(a, true, false);
+    if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) return false;
+    const int64_t at_once = blocks_at_once(kernel, kThreads, shared, exec.device);
+    if (a.cut.parts > at_once) return false;
+    lay_out_scratch(a, exec);
+    clear(op, a.group_parts, a.batch * a.sizes.groups * a.cut.parts, exec.stream);
+    a.units = static_cast<uint32_t>(units);
+    launch(op, kernel, {std::min(units, at_once), kThreads, shared, 1, exec.stream, true}, a);
+    leave_totals(op, a, exec);
+    return true;
+  }
+
+  static void leave_totals(const char* op, const Arguments& a, const Exec& exec) {
+    launch(op, totals_kernel, {ceil_divide(a.batch * a.sizes.channels, kWarps), kThreads, 0, 1, exec.stream},
+           a);
+  }
+
+  static void run_two(const char* op, Arguments& a, const Exec& exec) {
+    const Plan plan{a.sizes};
+    a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(),
+                            [&](uint32_t slice) { return plan.bytes(slice); });
+    const int64_t shared = lay_out(a, false, false);
+    check_shared(op, a.cut, shared, exec.device);
+    lay_out_scratch(a, exec);
+    each_chunk(a.batch, a.sizes.channels * int64_t{a.sizes.pixels} * 2 * sizeof(T), exec.device,
+               [&](int64_t first, int64_t samples) {
+                 a.first_sample = first;
+                 const Launch blocks{samples * a.cut.slices * a.cut.parts, kThreads, shared, 1, exec.stream};
+                 launch(op, sums_kernel<T, V, nhwc, silu>, blocks, a);
+                 launch(op, apply_kernel<T, V, nhwc, silu>, blocks, a);
+               });
+    leave_totals(op, a, exec);
+  }
+
   static void run(Arguments a, float* dweight, float* dbias, const Exec& exec) {
     const char* op = "group_norm_silu_backward";
-    if (!run_one(op, a, exec)) {
-      const Plan plan{a.sizes};
-      a.cut = chunk_cut<nhwc>(a.sizes, V, sizeof(T), plan.total(),
-                              [&](uint32_t slice) { return plan.bytes(slice); });
-      const int64_t shared = lay_out(a, false);
-      check_shared(op, a.cut, shared, exec.device);
-      each_chunk(a.batch, a.sizes.channels * int64_t{a.sizes.pixels} * 2 * sizeof(T), exec.device,
-                 [&](int64_t first, int64_t samples) {
-                   a.first_sample = first;
-                   const Launch blocks{samples * a.cut.slices * a.cut.parts, kThreads, shared, 1,
-                                       exec.stream};
-                   launch(op, sums_kernel<Work>, blocks, a);
-                   launch(op, apply_kernel<Work>, blocks, a);
-                 });
-    }
+    const int64_t bytes = a.batch * a.sizes.channels * int64_t{a.sizes.pixels} * 2 * sizeof(T);
+    if (!(meets_in_clusters(bytes, exec.device) ? run_clusters(op, a, exec) || run_grid(op, a, exec)
+                                                : run_grid(op, a, exec) || run_clusters(op, a, exec)))
+      run_two(op, a, exec);
     launch(op, finish_kernel,
            {ceil_divide(a.sizes.channels, 32), kThreads, kThreads * sizeof(float2), 1, exec.stream},
            static_cast<const float*>(a.totals), a.batch, static_cast<int64_t>(a.sizes.channels), dweight,
@@ -659,38 +873,20 @@ void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbia
     constexpr int V = 16 / sizeof(T);
     const Sizes sizes(norm, vectors ? V : 1);
     const int64_t batch = norm.h.size[0];
-    float* totals = static_cast<float*>(exec.scratch);
-    const Arguments a{norm.h.data,
-                      norm.h2.data,
-                      grad.data,
-                      grad_s.data,
-                      dh.data,
-                      dh2.data,
-                      norm.weight,
-                      norm.bias,
-                      norm.shift,
-                      mean,
-                      rstd,
-                      dshift,
-                      totals,
-                      totals + 2 * batch * sizes.channels,
-                      norm.silu,
-                      batch,
-                      sizes,
-                      {},
-                      0,
-                      0,
-                      0,
-                      0,
-                      0,
-                      0,
-                      0};
-    if (norm.h.channels_last())
-      vectors ? Plan<T, V, true>::run(a, dweight, dbias, exec)
-              : Plan<T, 1, true>::run(a, dweight, dbias, exec);
-    else
-      vectors ? Plan<T, V, false>::run(a, dweight, dbias, exec)
-              : Plan<T, 1, false>::run(a, dweight, dbias, exec);
+    const Arguments a{norm.h.data, norm.h2.data, grad.data, grad_s.data, dh.data,
+                      dh2.data,    norm.weight,  norm.bias, norm.shift,  mean,
+                      rstd,        dshift,       batch,     sizes,       {}};
+
+    const auto run = [&](auto silu) {
+      constexpr bool on = decltype(silu)::value;
+      if (norm.h.channels_last())
+        vectors ? Plan<T, V, true, on>::run(a, dweight, dbias, exec)
+                : Plan<T, 1, true, on>::run(a, dweight, dbias, exec);
+      else
+        vectors ? Plan<T, V, false, on>::run(a, dweight, dbias, exec)
+                : Plan<T, 1, false, on>::run(a, dweight, dbias, exec);
+    };
+    norm.silu ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 

@@ -5,6 +5,7 @@
 // the sizes alone decide, so results are deterministic.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <type_traits>
@@ -21,6 +22,9 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 struct Cut {
   uint32_t slice, slices;       // channels of a slice (whole groups; NCHW: one group); slices of a sample
   uint32_t parts, size, total;  // blocks of a slice; pixels (NCHW: vectors) of a block, of them all
+  Divide by_columns;            // channels_last: vectors of channels in a pixel of the slice
+  Divide by_rows;               // and pixels that a block's threads have at once
+  uint32_t rows;
 
   SR3FAST_HD uint32_t begin(uint32_t part) const { return part * size < total ? part * size : total; }
   SR3FAST_HD uint32_t length(uint32_t part) const { return begin(part + 1) - begin(part); }
@@ -30,13 +34,28 @@ struct Block {
   uint32_t part, slice;
   int64_t b;
 
-  __device__ __forceinline__ Block(const Cut& cut, int64_t first_sample) {
-    part = blockIdx.x % cut.parts;
-    const uint32_t unit = blockIdx.x / cut.parts;
+  __device__ __forceinline__ Block(const Cut& cut, uint32_t index, int64_t first_sample) {
+    part = index % cut.parts;
+    const uint32_t unit = index / cut.parts;
     slice = unit % cut.slices;
     b = first_sample + unit / cut.slices;
   }
 };
+
+// f(k, what was told at from[k * stride]) for k < n, n <= K: all asked for at once, and again until they are
+// there.
+template <int K, class F>
+__device__ __forceinline__ void hear_some(const float2* from, int64_t stride, uint32_t n, F&& f) {
+  float2 of[K];
+  bool there[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) there[k] = static_cast<uint32_t>(k) >= n || hear(from + k * stride, of[k]);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    while (!there[k]) there[k] = hear(from + k * stride, of[k]);
+    if (static_cast<uint32_t>(k) < n) f(k, of[k]);
+  }
+}
 
 struct Sizes {
   uint32_t channels, first, pixels;  // C; of them in h, the rest in h2; H W
@@ -83,23 +102,13 @@ template <int V>
 struct Columns {
   uint32_t count, column, step, rows, row;
 
-  static SR3FAST_HD uint32_t rows_of(uint32_t slice) {
-    return slice / V < kThreads ? kThreads / (slice / V) : 1;
-  }
-  __device__ __forceinline__ explicit Columns(uint32_t slice) : count(slice / V) {
-    rows = rows_of(slice);
+  __device__ __forceinline__ explicit Columns(const Cut& cut)
+      : count(cut.by_columns.divisor), rows(cut.rows) {
     const bool fits = count < kThreads;
-    column = fits ? threadIdx.x % count : threadIdx.x;
+    row = fits ? cut.by_columns.quotient(threadIdx.x) : 0;
+    column = threadIdx.x - row * count;
     step = fits ? count : kThreads;
-    row = fits ? threadIdx.x / count : 0;
     if (row >= rows) column = count;  // nothing to do
-  }
-
-  // What every row has for each channel, in shared memory: neighbouring threads write side by side, and the
-  // odd number between two channels of a vector keeps their readers apart too.
-  static SR3FAST_HD uint32_t places(uint32_t slice) { return V * (rows_of(slice) * (slice / V) + 1); }
-  __device__ __forceinline__ uint32_t place(uint32_t row_, uint32_t channel) const {
-    return channel % V * (rows * count + 1) + row_ * count + channel / V;
   }
 };
 
@@ -120,14 +129,23 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
   return x;
 }
 
-// Lanes that share the merging of one item, where a block merges `items`: 8, 16 or 32.
-SR3FAST_HD int team_for(uint32_t items) { return items >= 32 ? 8 : items >= 16 ? 16 : 32; }
+// f(item, lane, lanes, whether this team is the item's) for the items of a block, by teams of lanes; a team
+// with none repeats the last, since all lanes of a warp take part.
+template <class F>
+__device__ __forceinline__ void by_teams(uint32_t items, F&& f) {
+  // as many lanes as leave a team for each item
+  const int log = items > 128 ? 0 : items > 64 ? 1 : items > 32 ? 2 : items > 16 ? 3 : items > 8 ? 4 : 5;
+  const int lanes = 1 << log;
+  for (uint32_t round = 0; round < items; round += kThreads >> log) {
+    const uint32_t own = round + (threadIdx.x >> log);
+    f(min(own, items - 1), static_cast<int>(threadIdx.x & (lanes - 1)), lanes, own < items);
+  }
+}
 
 // Chan's formula for many at once: n, mean and M2 of lanes' items i, each item(i, n, mean, m2), merged over
 // the team.
 template <class Item>
-__device__ __forceinline__ float2 merge(uint32_t items, float total, int lanes, Item&& item) {
-  const uint32_t lane = threadIdx.x % lanes;
+__device__ __forceinline__ float2 merge(uint32_t items, float total, int lane, int lanes, Item&& item) {
   float n, mean, m2, sum = 0.0f;
 #pragma unroll 4
   for (uint32_t i = lane; i < items; i += lanes) {
@@ -172,6 +190,31 @@ struct Running {
     }
     count += added;
   }
+  // of n vectors, from their distances to the first
+  template <class Vector>
+  __device__ __forceinline__ void of(uint32_t n, Vector&& vector) {
+    if (n == 0) return;
+    float pivot[V], sum[V] = {};
+    vector(0u).floats(pivot);
+#pragma unroll 2
+    for (uint32_t i = 1; i < n; ++i) {
+      const auto x = vector(i);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float d = x.at(v) - pivot[v];
+        sum[v] += d;
+        m2[v] += d * d;
+      }
+    }
+    count = static_cast<float>(n);
+    const float inverse = 1.0f / count;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float distance = sum[v] * inverse;
+      mean[v] = pivot[v] + distance;
+      m2[v] = fmaxf(m2[v] - sum[v] * distance, 0.0f);
+    }
+  }
   // the first n of K; n > 0
   template <int K, class Element>
   __device__ __forceinline__ void add(int n, Element&& element) {
@@ -182,13 +225,40 @@ struct Running {
   }
 };
 
-template <class T>
-__device__ __forceinline__ float sigmoid(float x) {
-  if (sizeof(T) == 2)
-    return reciprocal_fast(1.0f + exp2_fast(x * -1.44269504f));  // far below a half's rounding
-  const float d = 1.0f + expf(-fmaxf(x, -87.0f)),
-              r = reciprocal_fast(d);  // d stays finite for the Newton step
-  return r + r * (1.0f - d * r);
+// silu and its derivative, of a channel's n = scale x + bias. To a half's rounding tanh does, of n / 2;
+// `half` says what scale and bias are to be multiplied by.
+template <class T, bool silu>
+struct Activation {
+  static constexpr float half = silu && sizeof(T) == 2 ? 0.5f : 1.0f;
+
+  static __device__ __forceinline__ float sigmoid(float n) {
+    const float d = 1.0f + expf(-fmaxf(n, -87.0f)),
+                r = reciprocal_fast(d);  // d stays finite for the Newton step
+    return r + r * (1.0f - d * r);
+  }
+  static __device__ __forceinline__ float of(float n) {
+    if (!silu) return n;
+    if (sizeof(T) == 2) return n + n * tanh_fast(n);
+    return n * sigmoid(n);
+  }
+  static __device__ __forceinline__ float derivative(float n) {
+    if (!silu) return 1.0f;
+    if (sizeof(T) == 2) {
+      const float t = tanh_fast(n), s = 0.5f + 0.5f * t;
+      return s + s * (n - n * t);
+    }
+    const float s = sigmoid(n);
+    return s * (1.0f + n * (1.0f - s));
+  }
+};
+
+// f(whether silu follows), a branch for many elements.
+template <class F>
+__device__ __forceinline__ void with_silu(bool silu, F&& f) {
+  if (silu)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
 }
 
 // Where the pieces of a block's shared memory start, in bytes.
@@ -227,15 +297,28 @@ struct Room {
   int blocks;
 };
 constexpr int64_t kBlockBytes = 64 * 1024;
+constexpr int64_t kClusterBytes = 48 * 1024;  // of a multiprocessor, where clusters meet
+// Where all blocks of a launch meet: what each keeps; blocks of a multiprocessor.
+constexpr int64_t kGridBytes = 92 * 1024;
+constexpr int kGridBlocks = 2;
 constexpr Room kRooms[] = {{kBlockBytes, 110 * 1024, 2}, {160 * 1024, 220 * 1024, 1}};
 constexpr int64_t kLeastBytes = 4 * 1024;  // kept in each block of a cluster
+constexpr int64_t kLine = 128;             // bytes
 constexpr int64_t kChunkBytes =
     30 << 20;  // in L2 from one kernel to the next, or half of L2 where that is less
 
 // Most parts of a slice, for the size of the scratch memory.
 constexpr int64_t most_parts(int64_t pixels) {
-  const int64_t parts = ceil_divide(pixels, 256);
-  return parts < 256 ? parts : 256;
+  const int64_t parts = ceil_divide(pixels, 128);
+  return parts < 512 ? parts : 512;
+}
+
+// How a channels_last slice lies before a block's threads.
+inline void lay_columns(Cut& cut, int vector) {
+  const uint32_t columns = cut.slice / vector;
+  cut.by_columns = Divide(columns);
+  cut.rows = columns < kThreads ? kThreads / columns : 1;
+  cut.by_rows = Divide(cut.rows);
 }
 
 inline Cut cut_into(uint32_t channels, uint32_t slice, uint32_t total, int64_t parts) {
@@ -272,14 +355,15 @@ Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, ui
   Cut best{};
   int64_t best_blocks = 0;
   for (const uint32_t run : runs(vector, element_bytes)) {
-    for (int64_t cluster = 1; cluster <= widest && best_blocks < enough; cluster *= 2) {
-      for (uint32_t slices = 1; slices <= s.groups && best_blocks < enough; ++slices) {
+    for (int64_t cluster = 1; cluster <= widest; cluster *= 2) {
+      for (uint32_t slices = 1; slices <= s.groups; ++slices) {
         const uint32_t slice = s.channels / slices;
         if (s.channels % slices != 0 || !(nhwc ? slice_fits(s, slice, run) : slice == s.width)) continue;
         const Cut cut = cut_into(s.channels, slice, total, cluster);
         const int64_t kept = cut.size * bytes(slice), blocks = batch * cut.slices * cut.parts;
         if (cut.parts != cluster || kept > room.kept || (cluster > 1 && kept < kLeastBytes)) continue;
-        if (blocks <= best_blocks) continue;
+        // as many blocks as run at once; more only where they need no cluster
+        if (best_blocks >= enough || blocks <= best_blocks || (blocks > enough && cluster > 1)) continue;
         best = cut;
         best_blocks = blocks;
       }
@@ -287,6 +371,26 @@ Cut cluster_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, ui
     if (best_blocks >= least) return best;
   }
   return Cut{};
+}
+
+// Slice and parts where the blocks of one launch meet: whole lines of memory, kGridBytes a part or what fills
+// the blocks that run at once. parts = 0 where a slice's parts would be more than those.
+template <bool nhwc, class Bytes>
+Cut grid_cut(const Sizes& s, int64_t batch, int vector, int element_bytes, uint32_t total, Bytes&& bytes,
+             int device) {
+  uint32_t slice = nhwc ? s.channels : s.width;
+  for (uint32_t slices = s.groups; nhwc && slices > 1; --slices)
+    if (s.channels % slices == 0 && s.channels / slices * element_bytes >= kLine &&
+        slice_fits(s, s.channels / slices, runs(vector, element_bytes)[0])) {
+      slice = s.channels / slices;
+      break;
+    }
+  const int64_t at_once = kGridBlocks * attribute(cudaDevAttrMultiProcessorCount, device);
+  const int64_t size = total * bytes(slice), fill = at_once / (batch * (s.channels / slice));
+  int64_t parts = std::max(ceil_divide(size, kGridBytes), std::min(fill, size / kLeastBytes));
+  parts = std::max<int64_t>(1, std::min(parts, most_parts(s.pixels)));
+  const Cut cut = cut_into(s.channels, slice, total, parts);
+  return cut.parts <= at_once && cut.size * bytes(slice) <= kGridBytes ? cut : Cut{};
 }
 
 // Slice and parts where two kernels do, a slice of at most 64 vectors, some kBlockBytes a block.
@@ -298,6 +402,13 @@ Cut chunk_cut(const Sizes& s, int vector, int element_bytes, uint32_t total, Byt
       if (s.channels % slices == 0 && slice_fits(s, s.channels / slices, run)) slice = s.channels / slices;
   const int64_t parts = ceil_divide(total * bytes(slice), kBlockBytes), most = most_parts(s.pixels);
   return cut_into(s.channels, slice, total, parts < most ? parts : most);
+}
+
+// Small tensors meet in clusters, whose barrier is quicker; large ones in the grid, whose blocks start one by
+// one.
+inline bool meets_in_clusters(int64_t bytes, int device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 &&
+         bytes <= kClusterBytes * attribute(cudaDevAttrMultiProcessorCount, device);
 }
 
 // f(first sample, samples) for as many at a time as two kernels leave in the L2 cache.
@@ -323,8 +434,15 @@ inline void check_shared(const char* op, const Cut& cut, int64_t bytes, int devi
                              " bytes for " + std::to_string(cut.slice) + " channels");
 }
 
-// Floats of scratch memory for a channel of a sample: the backward's three sums for each part, and two in
-// all. The forward's two moments for each part of a group are fewer.
-constexpr int64_t scratch_floats(int64_t pixels) { return 3 * most_parts(pixels) + 2; }
+// Sets what the parts will tell each other to nothing.
+inline void clear(const char* op, float2* told, int64_t items, void* stream) {
+  check(cudaMemsetAsync(told, 0xff, static_cast<size_t>(items) * sizeof(float2),
+                        static_cast<cudaStream_t>(stream)),
+        op);
+}
+
+// Floats of scratch memory for a channel of a sample: the backward's two in all, three of each part, and two
+// of each group and part. The forward's two moments of each group and part are fewer.
+constexpr int64_t scratch_floats(int64_t pixels) { return 5 * most_parts(pixels) + 2; }
 
 }  // namespace sr3fast::cuda

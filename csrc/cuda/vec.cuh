@@ -47,6 +47,10 @@ struct Vec {
   __device__ __forceinline__ void store(T* p) const { store_global(reinterpret_cast<Raw*>(p), raw); }
   __device__ __forceinline__ void keep(T* p) const { store_shared(reinterpret_cast<Raw*>(p), raw); }
 
+  static __device__ __forceinline__ void copy(T* shared, const T* global) {
+    copy_later(reinterpret_cast<Raw*>(shared), reinterpret_cast<const Raw*>(global));
+  }
+
   __device__ __forceinline__ float at(int i) const {
     return unpack<T>(word(raw, i * static_cast<int>(sizeof(T)) / 4), i);
   }

@@ -143,6 +143,11 @@ class Functions:
         return self._library.emulate_largest_cluster()
 
     @property
+    def grids(self) -> int:
+        """Launches whose blocks all run at once."""
+        return self._library.emulate_grids()
+
+    @property
     def told(self) -> int:
         """How often a kernel was told what it may have."""
         return self._library.emulate_told()

@@ -69,7 +69,7 @@ constexpr int kDevices = sizeof devices / sizeof devices[0];
 inline int device = 0;
 enum class Schedule { forward, backward, shuffled };
 inline Schedule schedule = Schedule::forward;
-inline int launches = 0, largest_cluster = 0, told = 0;  // told: attributes of kernels
+inline int launches = 0, largest_cluster = 0, grids = 0, told = 0;  // told: attributes of kernels
 // what kernels were told on a device, and those whose clusters were asked about
 inline std::map<std::pair<const void*, int>, std::map<int, int>> allowed;
 inline std::set<std::pair<const void*, int>> asked;
@@ -249,12 +249,13 @@ enum cudaDeviceAttr {
   cudaDevAttrL2CacheSize,
 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
-enum { cudaLaunchAttributeClusterDimension };
+enum { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
 using cudaStream_t = void*;
 struct cudaLaunchAttribute {
   int id;
   struct {
     dim3 clusterDim;
+    int cooperative;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -297,10 +298,20 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel, const 
   return cudaSuccess;
 }
 
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t shared) {
+  *blocks = std::min<int>(2, emulate::devices[emulate::device].shared / static_cast<int>(shared + 1024));
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  return std::memset(p, value, bytes), cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  const unsigned size = c->numAttrs ? c->attrs->val.clusterDim.x : 1;
+  const bool together = c->numAttrs && c->attrs->id == cudaLaunchAttributeCooperative;
+  const unsigned size = c->numAttrs && !together ? c->attrs->val.clusterDim.x : 1;
   auto& allowed = emulate::allowed[{reinterpret_cast<const void*>(kernel), emulate::device}];
   const int shared = std::max(48 * 1024, allowed[cudaFuncAttributeMaxDynamicSharedMemorySize]);
   if (c->dynamicSmemBytes > static_cast<size_t>(shared) ||
@@ -311,13 +322,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Param
       (size > 1 && (emulate::devices[emulate::device].capability < 9 ||
                     size > static_cast<unsigned>(emulate::devices[emulate::device].widest_cluster))))
     return cudaErrorInvalidValue;
+  int at_once = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel, 0, c->dynamicSmemBytes);
+  if (together &&
+      c->gridDim.x > static_cast<unsigned>(at_once * emulate::devices[emulate::device].multiprocessors))
+    return cudaErrorInvalidValue;
   ++emulate::launches;
+  emulate::grids += together;
   emulate::largest_cluster = std::max(emulate::largest_cluster, static_cast<int>(size));
   gridDim = c->gridDim;
   blockDim = c->blockDim;
   emulate::body = [&] { kernel(arguments...); };
-  for (unsigned i = 0; i < gridDim.x; i += size)
-    emulate::run_cluster(i, size, blockDim.x, c->dynamicSmemBytes);
+  const unsigned side_by_side = together ? gridDim.x : size;
+  for (unsigned i = 0; i < gridDim.x; i += side_by_side)
+    emulate::run_cluster(i, side_by_side, blockDim.x, c->dynamicSmemBytes);
   return cudaSuccess;
 }
 
@@ -365,6 +383,7 @@ uint32_t pack(float lower, float upper) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
+inline float tanh_fast(float x) { return std::tanh(x); }
 
 template <class Raw>
 void store_global(Raw* p, const Raw& v) {
@@ -375,6 +394,12 @@ void store_shared(Raw* p, const Raw& v) {
   *p = v;
 }
 
+template <class Raw>
+void copy_later(Raw* shared, const Raw* global) {
+  *shared = *global;
+}
+inline void wait_for_copies() {}
+
 inline char* shared_memory() { return reinterpret_cast<char*>(emulate::current->block->shared); }
 inline void cluster_arrive() { ++emulate::current->block->cluster->arrivals; }
 inline void cluster_arrive_relaxed() { cluster_arrive(); }
@@ -382,6 +407,15 @@ inline void cluster_wait() {
   emulate::Cluster* c = emulate::current->block->cluster;
   const unsigned mine = ++emulate::current->cluster_barriers;
   emulate::wait_until_above(&c->arrivals, mine * c->threads - 1);
+}
+inline void tell(float2* p, const float2& value) { *p = value; }
+inline bool hear(const float2* p, float2& value) {
+  const float2 nothing = *p;
+  value = nothing;
+  uint64_t bits;
+  std::memcpy(&bits, &nothing, sizeof bits);
+  if (~bits == 0) emulate::give_way();
+  return ~bits != 0;
 }
 template <class T>
 T* cluster_peer(T* p, uint32_t rank) {

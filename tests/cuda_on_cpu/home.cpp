@@ -28,9 +28,10 @@ const char* run(F&& f) {
 extern "C" {
 
 void emulate_schedule(int schedule) { emulate::schedule = static_cast<emulate::Schedule>(schedule); }
-void emulate_forget() { emulate::launches = emulate::largest_cluster = 0; }
+void emulate_forget() { emulate::launches = emulate::largest_cluster = emulate::grids = 0; }
 int emulate_launches() { return emulate::launches; }
 int emulate_largest_cluster() { return emulate::largest_cluster; }
+int emulate_grids() { return emulate::grids; }
 int emulate_told() { return emulate::told; }
 int emulate_asked() { return static_cast<int>(emulate::asked.size()); }
 uint32_t quotient(uint32_t n, int64_t divisor) { return Divide(divisor).quotient(n); }
