@@ -77,6 +77,14 @@ def check_device(name: str, t: Tensor, device: torch.device) -> None:
         raise ValueError(f"all tensors must be on one device: got {name} on {t.device} and the rest on {device}")
 
 
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The CPU where none is named; "cuda" is the current one, with its index, as tensors have it."""
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def check_scalar_device(name: str, t: Tensor, device: torch.device) -> None:
     if t.device.type != "cpu" and t.device != device:
         raise ValueError(f"{name} must be on the host or on {device}: got {t.device}")

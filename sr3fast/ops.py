@@ -28,6 +28,7 @@ from .contract import (
     Seed,
     as_alpha_gamma,
     as_dense,
+    as_device,
     as_float64,
     as_gamma,
     as_int64,
@@ -88,7 +89,7 @@ def noise(
     domain = as_integer("domain", domain)
     if not 0 <= domain < 65536:
         raise ValueError(f"domain must be in 0 .. 65535: got {domain}")
-    device = torch.device("cpu") if device is None else torch.device(device)
+    device = as_device(device)
     seed, step = as_seed(seed, shape[0], device), as_step(step, 0, device)
     place = (domain, *as_origin(origin, shape))
     if not _watched():

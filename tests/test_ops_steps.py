@@ -324,7 +324,7 @@ def test_q_sample_gamma(home):
 def test_q_sample_given_eps(home):
     y_0, eps = random(2, 3, 5, 7, seed=1, device=home), random(2, 3, 5, 7, seed=2, device=home)
     y_t, same = ops.q_sample(y_0, 0.25, None, eps=eps)
-    assert same is eps and same_bits(y_t, plain_q_sample(y_0, torch.tensor(0.25), eps))
+    assert same is eps and same_bits(y_t, plain_q_sample(y_0, torch.tensor(0.25, device=home), eps))
     y_0.requires_grad_()
     assert same_bits(ops.q_sample(y_0, 1.0, 3)[0], y_0.detach())
 
