@@ -26,7 +26,8 @@ import torch
 from environment import environment
 
 LIMIT = 360  # seconds of a part; the Makefile promises 9 minutes with the build
-WORKERS = 4  # processes of a part's tests, where pytest-xdist is installed
+# processes of a part's tests, where pytest-xdist is installed: Triton compiles
+WORKERS = {"cuda home": 3, "triton home": 9, "torch home": 3, "the rest": 3}
 
 SANITIZE = """
 import sys
@@ -72,13 +73,13 @@ def selections() -> dict[str, str]:
     return {**ids, "the rest": " and ".join(f"not {name}" for name in ids.values())}
 
 
-def run_tests(names: str) -> dict[str, Any]:
+def run_tests(names: str, workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-P", "-m", "pytest", "tests", "-m", "gpu", "-k", names, "-q"]
         options = ["--continue-on-collection-errors", "-p", "no:cacheprovider", f"--junitxml={report}"]
         if importlib.util.find_spec("xdist"):
-            options += ["-n", str(WORKERS)]
+            options += ["-n", str(workers)]
         done = run([*command, *options], OMP_NUM_THREADS="2")  # the parts share the cores
         if not report.exists():
             return {**done, "good": False}
@@ -130,7 +131,9 @@ def stopped(process: subprocess.Popen[str]) -> str:
 def parts() -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of each as it ends."""
     with ThreadPoolExecutor() as pool:
-        running = {pool.submit(run_tests, names): f"tests, {part}" for part, names in selections().items()}
+        running = {
+            pool.submit(run_tests, names, WORKERS[part]): f"tests, {part}" for part, names in selections().items()
+        }
         for tool in ("memcheck", "racecheck"):
             running |= {pool.submit(sanitize, tool, home): f"{tool}, {home} home" for home in HOMES}
         for future in as_completed(running):
