@@ -22,7 +22,7 @@ KINDS = {  # the first pattern that a kernel's name meets
     "refinement step": r"sr3fast::(solver_step|refine)|step_kernel",
     "attention": r"scaled_dot_product|attention|flash|bmm|softmax",
     "convolutions": r"conv|mkldnn|onednn|cudnn|xmma|cutlass|gemm|nvjet|linear|addmm|::mm",
-    "copies and sums": r"copy|add|cat|upsample|clone|to_copy|elementwise",
+    "copies and sums": r"copy|add|sum_kernel|cat|upsample|clone|to_copy|elementwise",
 }
 
 

@@ -1,7 +1,8 @@
 """The ops in Triton: for GPUs without the compiled module, for ROCm, and, interpreted, for tests on a CPU.
 
 Installed as `sr3fast.kernels`; loaded by name from sr3fast/backend.py, which sends f(outs, *inputs) here with
-arguments that sr3fast/ops.py has checked. Imports torch and triton only.
+arguments that sr3fast/ops.py has checked; `conv` and `attention` are called by sr3fast/engine.py, on GPUs only.
+Imports torch and triton only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from . import attention, conv
 from .group_norm_silu import add_group_norm_silu, group_norm_silu, group_norm_silu_backward
 from .noise import noise
 from .pixels import INTERPRETED
@@ -17,6 +19,8 @@ from .step import refine, solver_step
 
 __all__ = [
     "add_group_norm_silu",
+    "attention",
+    "conv",
     "description",
     "group_norm_silu",
     "group_norm_silu_backward",

@@ -61,7 +61,7 @@ def parts(h: Tensor, h2: Tensor | None, tensors: int) -> tuple[list[Part], int, 
     return result, chunks, pb
 
 
-def launch(kernel: Any, grid: tuple[int], like: Tensor, *args: Any, **keywords: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **keywords: Any) -> None:
     """Fused multiply-adds are welcome here, unlike in the noise."""
     with torch.cuda.device_of(like):
         kernel[grid](*args, **keywords, enable_fp_fusion=True)

@@ -13,20 +13,22 @@ x lies in the network's input, the noise embeddings of all levels are a table, t
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import backend, ops
 from .unet import Attention, Downsample, NoiseEmbedding, ResnetBlock, UNet, Upsample, sinusoid
 
 __all__ = ["Engine", "Form"]
@@ -48,6 +50,8 @@ class Form:
     prepacked         CPU: weights in the blocked layout that oneDNN wants for this shape
     upsample          nearest neighbour + 3x3 as one transposed 4x4 of stride 2: 4/9 of the products
     padded_channels   CUDA: input and output channels are a multiple of 8, for the tensor cores
+    tuned             CUDA: by Triton, a bias and a residual in one pass, attention of few positions (half precision)
+                      and, in a captured step, convolutions of few positions where that is faster (bfloat16)
     """
 
     channels_last: bool = True
@@ -59,6 +63,7 @@ class Form:
     prepacked: bool = True
     upsample: bool = True
     padded_channels: bool = True
+    tuned: bool = True
 
     @classmethod
     def none(cls) -> Form:
@@ -77,6 +82,7 @@ class Form:
             upsample=self.upsample and (prepacked or on_cuda),  # plain on a CPU it is slower
             prepacked=prepacked,
             padded_channels=self.padded_channels and on_cuda,
+            tuned=self.tuned and self.channels_last and on_cuda,
         )
 
 
@@ -112,8 +118,31 @@ def _packs(dtype: torch.dtype) -> bool:
         return False
 
 
+def _kernels(device: torch.device) -> Any:
+    """The Triton kernels where they run on tensors of the device; None else."""
+    if device.type != "cuda" or backend.forced() not in (None, "triton"):
+        return None
+    module = backend.load("triton")
+    return None if isinstance(module, str) else module
+
+
+def _add(out: Tensor, bias: Tensor, onto: Tensor | None) -> Tensor:
+    """out += bias + onto: torch adds the bias in a pass of its own, which is slow on channels_last."""
+    kernels = _kernels(out.device)
+    if kernels is not None and _all_channels_last(out, onto):
+        return kernels.conv.add(out, bias, onto)
+    out.add_(bias[:, None, None])
+    return out if onto is None else out.add_(onto)
+
+
+def _all_channels_last(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
 class _Conv:
     """W * h + bias, and the sum with `onto` where that is given."""
+
+    one_pass = False  # bias and `onto` are added by us, after the convolution
 
     def __init__(self, weight: Tensor, bias: Tensor | None, shape: Sequence[int], stride: int = 1):
         self.weight, self.bias, self.stride = weight, bias, stride
@@ -121,7 +150,10 @@ class _Conv:
 
     def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False) -> Tensor:
         """`owned`: nobody else reads `onto`, so it may receive the result."""
-        out = F.conv2d(h, self.weight, self.bias, self.stride, self.padding)
+        bias = None if self.one_pass else self.bias
+        out = F.conv2d(h, self.weight, bias, self.stride, self.padding)
+        if self.one_pass and self.bias is not None:
+            return _add(out, self.bias, onto)
         return out if onto is None else out.add_(onto)
 
 
@@ -174,11 +206,15 @@ class _Upsample:
 class _TransposedUpsample:
     """The same as one transposed 4x4 convolution of stride 2: four taps a pixel of the result, not nine."""
 
+    one_pass = False
+
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, bias
 
     def __call__(self, h: Tensor) -> Tensor:
-        return F.conv_transpose2d(h, self.weight, self.bias, stride=2, padding=1)
+        bias = None if self.one_pass else self.bias
+        out = F.conv_transpose2d(h, self.weight, bias, stride=2, padding=1)
+        return _add(out, self.bias, None) if self.one_pass and self.bias is not None else out
 
 
 class _PackedUpsample(_TransposedUpsample):
@@ -200,6 +236,99 @@ def transposed_weight(weight: Tensor) -> Tensor:
     mix = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
     mix = mix.to(weight.device)
     return torch.einsum("ka,lb,ocab->cokl", mix, mix, weight.double())
+
+
+# in a capture, and in the runs before it
+_capturing: ContextVar[bool] = ContextVar("sr3fast_capturing", default=False)
+
+
+class _Tuned:
+    """W * h + bias + onto, or + the skips of `parts`: as the layers do it, or by one Triton kernel (kernels/conv.py).
+
+    In the runs before a capture both are timed, once a shape in the life of the process, as cuDNN's own benchmark does;
+    the capture has the faster. What is not captured runs by the layers.
+    """
+
+    choices: ClassVar[dict[Any, Any]] = {}  # device, layer and shapes -> the plan, or None for the layers
+
+    def __init__(self, conv: Any, skips: Sequence[_Conv] = ()):
+        self.conv, self.skips = conv, tuple(skips)
+        self.up = isinstance(conv, _TransposedUpsample)
+        self.stride = 1 if self.up else conv.stride
+        self.parities: Tensor | None = None  # the weight of `up` as the kernel reads it
+
+    def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False, parts: Sequence[Tensor] = ()):
+        kernels = _kernels(h.device) if _capturing.get() and _all_channels_last(h, onto, *parts) else None
+        if kernels is None:
+            return self.by_layers(h, onto, parts)
+        key = (
+            *(h.device, h.shape, self.up, self.conv.weight.shape, self.stride, self.conv.bias is None),
+            *(onto is None, tuple(p.shape[1] for p in parts)),
+        )
+        if key not in self.choices:
+            self.choices.setdefault(key, self.choose(kernels, h, onto, parts))  # of two threads the first's
+        plan = self.choices[key]
+        return self.by_layers(h, onto, parts) if plan is None else self.by_kernel(kernels, plan, h, onto, parts)
+
+    def by_layers(self, h: Tensor, onto: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
+        r = self.conv(h) if self.up else self.conv(h, onto)
+        for skip, part in zip(self.skips, parts, strict=True):
+            r = skip(part, r, owned=True)
+        return r
+
+    def by_kernel(self, kernels: Any, plan: Any, h: Tensor, onto: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
+        weight = self.conv.weight
+        if self.up and self.parities is None:
+            self.parities = kernels.conv.parities(weight)
+        out = torch.empty(self.shape(h), dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
+        products = [(part, skip.weight) for part, skip in zip(parts, self.skips, strict=True)]
+        weight = self.parities if self.up else weight
+        return kernels.conv.conv2d(out, h, weight, plan, self.stride, products, self.conv.bias, onto)
+
+    def shape(self, h: Tensor) -> tuple[int, ...]:
+        B, _, H, W = h.shape
+        if self.up:
+            return B, self.conv.weight.shape[1], 2 * H, 2 * W
+        return B, self.conv.weight.shape[0], -(-H // self.stride), -(-W // self.stride)
+
+    def choose(self, kernels: Any, h: Tensor, onto: Tensor | None, parts: Sequence[Tensor]) -> Any:
+        """The plan that kernels/conv.py has for it, if it is the faster on these tensors."""
+        B, N, H, W = self.shape(h)
+        M, channels = B * H * W // (4 if self.up else 1), [h.shape[1], *(p.shape[1] for p in parts)]
+        sums = onto is not None or len(parts) > 0
+        plan = kernels.conv.plan(M, N, channels, _processors(h.device), self.stride, self.up, sums)
+        if plan is None:
+            return None
+        try:
+            layers = [copy.deepcopy(self) for _ in range(8)]  # the weights of each are in no cache, as in a step
+            plain = _time(h.device, [functools.partial(f.by_layers, h, onto, parts) for f in layers])
+            fused = _time(h.device, [functools.partial(f.by_kernel, kernels, plan, h, onto, parts) for f in layers])
+        except Exception:  # a GPU that has not the memory for the tile, a Triton that cannot compile it
+            return None
+        return plan if fused < plain else None
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _time(device: torch.device, calls: Sequence[Callable[[], Tensor]]) -> float:
+    """ms of the calls, one after the other on the GPU: the least of some turns."""
+    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    for call in calls:
+        call()
+    turns = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(40):  # empties the cache, and has the GPU busy until all calls are launched
+            flush.zero_()
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        turns.append(begin.elapsed_time(end))
+    return min(turns)
 
 
 class _Norm:
@@ -258,6 +387,9 @@ class _Block:
         self.conv2 = build.conv(
             block.conv2, bias=not form.late_bias, instead=late if last and exact and form.late_bias else None
         )
+        self.joined: _Tuned | None = None
+        if self.skips and isinstance(self.conv2, _Tuned) and all(skip.bias is None for skip in self.skips):
+            self.joined = _Tuned(self.conv2.conv, self.skips)
         self.lazy = (lazy or not last) and build.lazy and not self.skips
         self.skips_first = form.prepacked
         out = _Part(block.conv2.out_channels, None if last and exact else late, self.lazy)
@@ -290,6 +422,8 @@ class _Block:
             for skip, part in zip(self.skips, parts, strict=True):
                 onto = skip(part, onto, owned=True)
             return self.conv2(a, onto, owned=True)
+        if self.joined is not None:
+            return self.joined(a, parts=parts)
         r = self.conv2(a)
         for skip, part in zip(self.skips, parts, strict=True):
             r = skip(part, r, owned=True)
@@ -306,14 +440,23 @@ class _Attention:
         late = _sum([None if part.late else part.bias, attention.out.bias]) if late_bias else None
         self.out_conv = build.conv(attention.out, bias=not late_bias, instead=late if exact and late_bias else None)
         self.lazy = lazy and build.lazy
+        self.tuned = build.form.tuned
         self.out = _Part(part.channels, None if exact else late, self.lazy)
 
     def __call__(self, h: Value) -> Value:
         a, s = self.norm(h)
         B, C, H, W = s.shape
-        q, k, v = self.qkv(a).permute(0, 2, 3, 1).reshape(B, 1, H * W, 3 * C).chunk(3, -1)
-        a = F.scaled_dot_product_attention(q, k, v).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        qkv = self.qkv(a).permute(0, 2, 3, 1).reshape(B, H * W, 3 * C)
+        a = self.attend(qkv).view(B, H, W, C).permute(0, 3, 1, 2)
         return Late(self.out_conv(a), s) if self.lazy else self.out_conv(a, s)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        B, P, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        kernels = _kernels(qkv.device) if self.tuned and qkv.dtype in (torch.float16, torch.bfloat16) else None
+        if kernels is not None and (tile := kernels.attention.tile(B, P, C, qkv.device)) is not None:
+            return kernels.attention.attention(qkv.new_empty(B, P, C), qkv, tile)
+        q, k, v = qkv[:, None].chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v).reshape(B, P, C)
 
 
 class _Apart:
@@ -370,6 +513,8 @@ class _Builder:
         self.width = 0  # of the noise shifts so far
         self.lazy = form.fused_norms and form.fused_residual and not form.prepacked
         self.layout = torch.channels_last if form.channels_last else torch.contiguous_format
+        self.one_pass = form.tuned and _kernels(device) is not None
+        self.tuned = self.one_pass and form.channels_last and form.fused_residual and dtype == torch.bfloat16
 
     def norm(self, norm: nn.GroupNorm, shift: Tensor | None, silu: bool = True) -> _Norm:
         if shift is not None and shift.ndim == 1:
@@ -397,7 +542,9 @@ class _Builder:
             weight = weight.detach().to(self.dtype).contiguous(memory_format=self.layout)
             bias = None if bias is None else bias.detach().to(self.dtype, copy=True)
             conv = make(weight, bias, (self.B, weight.shape[1], *self.size), stride)
-            conv = self.packed[key] = conv if self.form.fused_residual else _Apart(conv)
+            conv.one_pass = self.one_pass
+            conv = conv if self.form.fused_residual else _Apart(conv)
+            conv = self.packed[key] = _Tuned(conv) if self.tuned and weight.shape[-1] == 3 else conv
         return conv
 
     def down(self, layer: Downsample) -> tuple[Any, _Part]:
@@ -418,7 +565,8 @@ class _Builder:
                 up = _PackedUpsample(weight, bias, shape)
             else:
                 up = _TransposedUpsample(weight.contiguous(memory_format=self.layout), bias)
-            self.packed[key] = up
+            up.one_pass = self.one_pass
+            up = self.packed[key] = _Tuned(up) if self.tuned else up
         return up, self.part(conv)
 
     def part(self, conv: nn.Conv2d) -> _Part:
@@ -449,13 +597,13 @@ class _Network:
         build = _Builder(form, dtype, device, shape, sum(b.noise.out_features for b in blocks), packed)
         self.layers(unet, build)
         self.blocks, self.shifts = build.blocks, build.shifts
-        # shifts = row[spread]: a block's row once for each sample
+        # shifts = row[spread]: a block's row once for each sample; of one sample, the row
         column, spread = 0, []
         for block in self.blocks:
             C = block.noise.out_features
             spread.append(torch.arange(column, column + C).repeat(B))
             column += C
-        self.spread = torch.cat(spread).to(device)
+        self.spread = torch.cat(spread).to(device) if B > 1 else None
         self.noise = _Noise(unet, self.blocks, form.late_bias)
         self.version: Any = None  # of the weights it was made from
         self.stream: Any = None  # the CUDA stream that used it last
@@ -526,7 +674,10 @@ class _Network:
 
     def set(self, row: Tensor) -> None:
         """Lay a row of the noise table, [1, K], into the shifts."""
-        torch.index_select(row.view(-1), 0, self.spread, out=self.shifts)
+        if self.spread is None:
+            self.shifts.copy_(row.view(-1))
+        else:
+            torch.index_select(row.view(-1), 0, self.spread, out=self.shifts)
 
 
 class _Noise:
@@ -871,6 +1022,7 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             gc.disable()  # a collected kernel would unload its module in the middle of the capture
             torch.backends.cudnn.benchmark = True  # the choice is made in the runs before the capture
+            capturing = _capturing.set(True)
             try:
                 stream.wait_stream(current)
                 with torch.cuda.stream(stream):
@@ -889,6 +1041,7 @@ class Engine:
                     f"the step could not be captured as a CUDA graph ({error}); graph=False runs it without"
                 ) from error
             finally:
+                _capturing.reset(capturing)
                 torch.backends.cudnn.benchmark = benchmark
                 if collecting:
                     gc.enable()

@@ -3,8 +3,13 @@
 import copy
 import dataclasses
 import gc
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -597,21 +602,130 @@ def test_replays_wait_for_one_another_across_streams(monkeypatch):
     ]
 
 
+# ---------------------------------------------------------------------------------- the Triton kernels
+# TRITON_INTERPRET is read when a kernel is decorated: another process runs the engine as on a GPU, with the kernels in
+# Triton's interpreter (`python test_engine.py RESULTS`).
+
+TINY = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4, "image_size": 16}
+
+
+def as_on_a_gpu(graph):
+    """The engine's results, layer by layer or as the capture has them, by name; and what was launched."""
+    from sr3fast import kernels
+
+    launched = []
+    for module, name in ((kernels.conv, "conv2d"), (kernels.conv, "add"), (kernels.attention, "attention")):
+        real = getattr(module, name)
+        setattr(module, name, lambda *args, f=real, n=name: (launched.append(n), f(*args))[1])
+    Form.on = lambda form, device, dtype: dataclasses.replace(form, prepacked=False)
+    engine._kernels = lambda device: kernels
+    engine._processors = lambda device: 1
+    kernels.conv.plan = lambda M, N, channels, *_: kernels.conv.Plan(64, 32, 32, 4, 2, 1 + len(channels))
+    turns = iter([2.0, 1.0] * 1000)
+    engine._time = lambda device, calls: (calls[0](), next(turns))[1]
+    engine._Tuned.choices.clear()
+    engine._capturing.set(graph)
+    found = {}
+    for dtype, B, late_bias in itertools.product((torch.float32, torch.bfloat16), (1, 2), (True, False)):
+        net = unet(**TINY)
+        x, y = images(net, B=B, H=8, W=8)
+        launched.clear()
+        out = run_once(Engine(net, dtype, dataclasses.replace(Form(), late_bias=late_bias)), x, y)
+        found[f"{dtype} {B} {late_bias}"] = out, sorted(set(launched))
+    return found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernels_are_the_network(tmp_path):
+    path = tmp_path / "results.pt"
+    search = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = torch.load(path, weights_only=True)
+    for dtype, B, late_bias in itertools.product((torch.float32, torch.bfloat16), (1, 2), (True, False)):
+        net = unet(**TINY)
+        x, y = images(net, B=B, H=8, W=8)
+        expected = plain(net, x, y, LEVELS[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = plain(net, x, y, LEVELS[1])
+        for graph in (False, True):
+            out, launched = found[graph][f"{dtype} {B} {late_bias}"]
+            low = dtype == torch.bfloat16
+            assert set(launched) == {"add", *(["attention"] if low else []), *(["conv2d"] if low and graph else [])}
+            if low:
+                assert rms(out - expected) < 1.5 * rms(autocast - expected)
+            else:
+                assert (out - expected).abs().max() < 1e-5
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def exact_cudnn(monkeypatch):
+    """No TF32; and no algorithm of cuDNN that adds by atomics, whose results differ from run to run."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype):
+def test_on_a_gpu(dtype, exact_cudnn):
     net = unet().cuda()
     x, _ = (t.cuda() for t in images(net))
-    torch.backends.cudnn.allow_tf32 = False
     for options in OPTIONS:
         graph = Sampler(Engine(net, dtype), SCHEDULE, steps=6, **options)
         eager = Sampler(Engine(net, dtype, graph=False), SCHEDULE, steps=6, **options)
         for (_, a), (_, b) in zip(graph.iterate(x, 1), eager.iterate(x, 1), strict=True):
-            limit = 1e-4 if dtype == torch.float32 else 0.1
+            # other kernels, which round elsewhere
+            limit = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps * max(1.0, b.abs().max().item())
             assert (a - b).abs().max() < limit
         side = torch.cuda.Stream()
+        f_theta = graph._network
+        captured = f_theta._idle[0].graph.graphs["step"]
         with torch.cuda.stream(side):
             again = graph(x, 1)
         side.synchronize()
         assert torch.equal(again, graph(x, 1))
+        assert [n.graph.graphs["step"] for n in f_theta._idle] == [captured]  # on both streams
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tuned_on_a_gpu(batch, exact_cudnn, monkeypatch):
+    """Every convolution by its plan, whichever is faster: the network to rounding, the same bits at each replay."""
+    kernels = engine._kernels(torch.device("cuda"))
+    if kernels is None:
+        pytest.skip("Triton is not installed")
+    net = unet(channels=64, multipliers=(1, 2, 4), groups=32).cuda()
+    x, y = (t.cuda() for t in images(net, B=batch, H=32, W=32))
+    levels = LEVELS.cuda()
+    expected = plain(net, x, y, levels[1])
+    with torch.autocast("cuda", torch.bfloat16):
+        autocast = plain(net, x, y, levels[1])
+    monkeypatch.setattr(engine._Tuned, "choices", {})
+    f_theta = Engine(net, torch.bfloat16)
+    measured = run_once(f_theta, x, y, levels)
+    assert len(engine._Tuned.choices) > 10
+    assert rms(measured - expected) < 1.5 * rms(autocast - expected)
+
+    times = itertools.cycle([2.0, 1.0])
+    monkeypatch.setattr(engine._Tuned, "choices", {})
+    monkeypatch.setattr(engine, "_time", lambda device, calls: (calls[0](), next(times))[1])
+    f_theta = Engine(net, torch.bfloat16)
+    out = run_once(f_theta, x, y, levels)
+    planned = [plan for plan in engine._Tuned.choices.values() if plan is not None]
+    assert len(planned) > 10 and any(plan.split > 1 for plan in planned)
+    assert rms(out - expected) < 1.5 * rms(autocast - expected)
+    assert not torch.equal(out, run_once(Engine(net, torch.bfloat16, graph=False), x, y, levels))  # it is another way
+    for _ in range(20):
+        assert torch.equal(run_once(f_theta, x, y, levels), out)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.save([as_on_a_gpu(graph) for graph in (False, True)], sys.argv[1])

@@ -141,6 +141,50 @@ def pair_norm(kernels, h, layout):
     kernels.group_norm_silu_backward((h, h, dw, db, ds), both, h, h, p, p, moment, moment, groups, shift, True, None)
 
 
+def convolutions(kernels, number):
+    """Each tile that `plan` gives, at the network's shapes: whole and in parts, with all that is added."""
+    conv = kernels.conv
+
+    def call(M, N, channels, stride=1, up=False, sums=False):
+        plan = conv.plan(M, N, channels, 132, stride, up, sums)
+        side = round(M**0.5)
+        outside = 2 * side if up else side
+        out = meta(1, N, outside, outside, dtype=BF16, layout="nhwc")
+        h = meta(1, channels[0], stride * side, stride * side, dtype=BF16, layout="nhwc")
+        taps = (4, N, 2, 2, channels[0]) if up else (N, channels[0], 3, 3)
+        weight = meta(*taps, dtype=BF16, layout="nhwc" if not up else "nchw")
+        products = [
+            (meta(1, c, side, side, dtype=BF16, layout="nhwc"), meta(N, c, 1, 1, dtype=BF16)) for c in channels[1:]
+        ]
+        residual = out if sums and not products else None
+        conv.conv2d(out, h, weight, plan, stride, products, meta(N, dtype=BF16), residual)
+
+    for name, *given in (
+        ("128^2", 128**2, 64, [64]),
+        ("128^2 residual", 128**2, 64, [64], 1, False, True),
+        ("128^2 products", 128**2, 64, [64, 128, 64], 1, False, True),
+        ("128^2 out", 128**2, 8, [64]),
+        ("256^2 stride 2", 128**2, 64, [64], 2),
+        ("64^2", 64**2, 128, [128]),
+        ("64^2 long", 64**2, 128, [256]),
+        ("32^2 products", 32**2, 256, [256, 512, 256], 1, False, True),
+        ("8^2", 8**2, 512, [512]),
+        ("8^2 products", 8**2, 512, [512, 512, 512], 1, False, True),
+        ("large products", 256**2, 128, [128, 128], 1, False, True),
+        ("up 64^2", 64**2, 128, [128], 1, True),
+        ("up 16^2", 16**2, 512, [512], 1, True),
+    ):
+        yield f"convolution {name}", lambda g=given: call(*g)
+    yield "sums", lambda: conv.add(meta(1, 64, 8, 8, layout="nhwc"), meta(64), meta(1, 64, 8, 8, layout="nhwc"))
+
+
+def attentions(kernels, number):
+    for batch in (1, 8):
+        tile = kernels.attention.tile(batch, 256, 512, torch.device("meta"))
+        qkv, out = meta(batch, 256, 1536, dtype=BF16), meta(batch, 256, 512, dtype=BF16)
+        yield f"attention {batch}", lambda o=out, q=qkv, t=tile: kernels.attention.attention(o, q, t)
+
+
 class Offline:
     """The driver of a GPU that is not there."""
 
@@ -178,12 +222,12 @@ def compile_kernels(folder):
             index.append({"case": case, "kernel": self.fn.__name__, "fused": fused, "file": str(n)})
 
     JITFunction.run = compile_only
-    for group in (noises, steps, norms):
+    for group in (noises, steps, norms, convolutions, attentions):
         for case, call in group(kernels, lambda dtype=torch.float64: meta(dtype=dtype)):  # noqa: B007
             call()
     defined = {
         name
-        for module in ("noise", "step", "q_sample", "group_norm_silu")
+        for module in ("noise", "step", "q_sample", "group_norm_silu", "conv", "attention")
         for name, value in vars(sys.modules[f"sr3fast.kernels.{module}"]).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
@@ -219,7 +263,7 @@ def machine_code(folder, index):
 
 def test_every_kernel_compiles(index):
     assert {k["kernel"] for k in index["compiled"]} == set(index["defined"]) >= UNFUSED
-    assert len(index["defined"]) == 9
+    assert len(index["defined"]) == 12
 
 
 def test_no_fused_multiply_add_where_bits_are_promised(folder, index):
@@ -235,7 +279,7 @@ def test_no_fused_multiply_add_where_bits_are_promised(folder, index):
     assert {k["kernel"] for k in found} == UNFUSED
 
 
-def test_norms_may_fuse(index):
+def test_others_may_fuse(index):
     assert all(k["fused"] for k in index["compiled"] if k["kernel"] not in UNFUSED)
 
 
@@ -278,6 +322,7 @@ WIDE = [
     (r"(plain )?norm small \w+ .*", "backward_kernel", 2, 1),
     (r"pair small \w+ .*", "normalise_kernel", 2, 2),
     (r"sum small \w+ .*", "moments_kernel", 4, 2),
+    (r"sums|convolution .*", "sum_kernel", 1, 1),
 ]
 
 

@@ -1,4 +1,4 @@
-"""kernels/ in Triton's interpreter, on the CPU: the other homes' bits, and norms as exact as plain torch.
+"""kernels/ in Triton's interpreter, on the CPU: the other homes' bits; all else as exact as plain torch.
 
 TRITON_INTERPRET is read when a kernel is decorated, so one other process computes everything
 (`python test_triton_interpreter.py RESULTS`), and the tests compare. All that every home
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DTYPES, LAYOUTS, assert_as_exact_as_torch, nan_like, random, same_bits
 from test_ops_norm import data, double, gradients, leaves, plain, plain_add, split, upstreams
 from test_ops_steps import ROWS, STRIDES, strided
@@ -221,7 +222,91 @@ def norms():
         )
 
 
-GROUPS = {"whole": whole, "steps": steps, "scalars": scalars, "norms": norms}
+# kind, (B, C, N, H, W), channels of the products, residual; tiles of 16 and 32 leave ragged edges everywhere
+KINDS = {"3x3": (3, 1), "3x3, stride 2": (3, 2), "1x1": (1, 1), "up": (4, 2)}  # side, stride
+CONVOLUTIONS = [
+    ("3x3", (2, 24, 20, 5, 7), (), False),
+    ("3x3", (1, 16, 40, 4, 6), (8,), False),
+    ("3x3", (1, 32, 16, 3, 5), (40, 16), True),
+    ("3x3, stride 2", (2, 24, 20, 5, 7), (), False),
+    ("1x1", (3, 40, 20, 5, 3), (), True),
+    ("up", (2, 24, 20, 3, 5), (), False),
+]
+CONVOLUTIONS = [(*c, parts, d) for c, parts, d in itertools.product(CONVOLUTIONS, (1, 2, 3, 4), DTYPES)]
+
+
+def convolution_inputs(kind, shape, skips, with_residual, dtype):
+    """h, weight, bias, residual or None, and the pairs of the products."""
+    (B, C, N, H, W), (side, stride) = shape, KINDS[kind]
+    size = (2 * H, 2 * W) if kind == "up" else (-(-H // stride), -(-W // stride))
+    given = {"dtype": dtype, "layout": torch.channels_last}
+    weight = random(*((C, N) if kind == "up" else (N, C)), side, side, seed=2, std=0.2, **given)
+    products = [
+        (random(B, c, *size, seed=3, **given), random(N, c, 1, 1, seed=4, std=0.2, **given).contiguous()) for c in skips
+    ]
+    residual = random(B, N, *size, seed=5, **given) if with_residual else None
+    return random(B, C, H, W, seed=1, **given), weight, random(N, seed=6, dtype=dtype), residual, products
+
+
+def plain_convolution(kind, h, weight, bias, residual, products):
+    side, stride = KINDS[kind]
+    if kind == "up":
+        out = F.conv_transpose2d(h, weight, bias, stride, 1)
+    else:
+        out = F.conv2d(h, weight, bias, stride, side // 2)
+    for s, v in products:
+        out = out + F.conv2d(s, v)
+    return out if residual is None else out + residual
+
+
+def convolutions():
+    conv = sys.modules["sr3fast.kernels.conv"]
+    for kind, shape, skips, with_residual, parts, dtype in CONVOLUTIONS:
+        inputs = convolution_inputs(kind, shape, skips, with_residual, dtype)
+        yield f"{kind} {shape} {skips} {parts} {dtype}", lambda k=kind, i=inputs, n=parts: convolution(conv, k, n, *i)
+    for dtype in DTYPES:
+        out, residual = sums(dtype)
+        bias = random(20, seed=6, dtype=dtype)
+        yield f"sum {dtype}", lambda o=out, b=bias, r=residual: conv.add(o, b, r)
+        yield f"bias {dtype}", lambda d=dtype, b=bias: conv.add(sums(d)[0], b, None)
+
+
+def convolution(conv, kind, parts, h, weight, bias, residual, products):
+    stride = KINDS[kind][1]
+    B, N = len(h), len(bias)
+    size = [2 * n if kind == "up" else -(-n // stride) for n in h.shape[2:]]
+    out = torch.empty((B, N, *size), dtype=h.dtype, memory_format=torch.channels_last)
+    plan = conv.Plan(16, 32, 16, 4, 2, parts)
+    weight = conv.parities(weight) if kind == "up" else weight
+    return conv.conv2d(out, h, weight, plan, 1 if kind == "up" else stride, products, bias, residual)
+
+
+def sums(dtype):
+    given = {"dtype": dtype, "layout": torch.channels_last}
+    return random(2, 20, 9, 37, seed=1, **given), random(2, 20, 9, 37, seed=5, **given)
+
+
+ATTENTIONS = [(2, 16, 32), (1, 37, 48), (3, 6, 16)]  # batch, positions, channels
+
+
+def attentions():
+    attention = sys.modules["sr3fast.kernels.attention"]
+    for shape, dtype in itertools.product(ATTENTIONS, DTYPES[1:]):
+        B, P, C = shape
+        qkv = random(B, P, 3 * C, seed=1, dtype=dtype)
+        out = torch.empty(B, P, C, dtype=dtype)
+        tile = attention.tile(*shape, qkv.device)
+        yield f"{shape} {dtype}", lambda o=out, q=qkv, t=tile: attention.attention(o, q, t)
+
+
+GROUPS = {
+    "convolutions": convolutions,
+    "attentions": attentions,
+    "whole": whole,
+    "steps": steps,
+    "scalars": scalars,
+    "norms": norms,
+}
 
 
 def results(group):
@@ -246,6 +331,8 @@ def compute(path):
         found["whole"] = results("whole")
         modules["pixels"].QUADS_INTERPRETED = 64  # a plane in several tiles, as on a GPU
         for group in ("steps", "scalars", "norms"):
+            found[group] = results(group)
+        for group in ("convolutions", "attentions"):
             found[group] = results(group)
         # as tensors on a GPU
         for name in ("pixels", "step", "q_sample"):
@@ -327,6 +414,34 @@ def test_norms_are_as_exact_as_torch(computed, name, layout, dtype):
         assert_as_exact_as_torch(*three, f"output {i}")
     out = ours[0]
     assert out.is_contiguous(memory_format=layout) and not math.isnan(out.sum().item())
+
+
+@pytest.mark.parametrize(("kind", "shape", "skips", "with_residual", "parts", "dtype"), CONVOLUTIONS, ids=str)
+def test_convolutions_are_as_exact_as_torch(computed, kind, shape, skips, with_residual, parts, dtype):
+    inputs = convolution_inputs(kind, shape, skips, with_residual, dtype)
+    ours = computed["convolutions"][f"{kind} {shape} {skips} {parts} {dtype}"][0]
+    *four, products = inputs
+    exact = [None if t is None else t.double() for t in four], [(s.double(), v.double()) for s, v in products]
+    assert_as_exact_as_torch(ours, plain_convolution(kind, *inputs), plain_convolution(kind, *exact[0], exact[1]))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_in_one_pass(computed, dtype):
+    out, residual = sums(dtype)
+    bias = random(20, seed=6, dtype=dtype)[:, None, None]
+    for name, r in (("sum", residual), ("bias", torch.zeros_like(residual))):
+        exact = out.double() + bias.double() + r.double()
+        assert_as_exact_as_torch(computed["convolutions"][f"{name} {dtype}"][0], out + bias + r, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
+def test_attention_is_as_exact_as_torch(computed, shape, dtype):
+    B, P, C = shape
+    qkv = random(B, P, 3 * C, seed=1, dtype=dtype)
+    plain, exact = (F.scaled_dot_product_attention(*t.chunk(3, -1)) for t in (qkv, qkv.double()))
+    assert_as_exact_as_torch(computed["attentions"][f"{shape} {dtype}"][0], plain, exact)
 
 
 if __name__ == "__main__":
