@@ -18,7 +18,7 @@ from sr3fast import ops
 
 STEPS = 10
 KINDS = {  # the first pattern that a kernel's name meets
-    "norms": r"group_norm_silu|norm_|one_kernel|moments_kernel|apply_kernel",
+    "norms": r"group_norm_silu|norm_|cluster_kernel|grid_kernel|moments_kernel|apply_kernel",
     "refinement step": r"sr3fast::(solver_step|refine)|step_kernel",
     "attention": r"scaled_dot_product|attention|flash|bmm|softmax",
     "convolutions": r"conv|mkldnn|onednn|cudnn|xmma|cutlass|gemm|nvjet|linear|addmm|::mm",

@@ -680,9 +680,10 @@ def test_on_a_gpu(dtype, exact_cudnn):
         graph = Sampler(Engine(net, dtype), SCHEDULE, steps=6, **options)
         eager = Sampler(Engine(net, dtype, graph=False), SCHEDULE, steps=6, **options)
         for (_, a), (_, b) in zip(graph.iterate(x, 1), eager.iterate(x, 1), strict=True):
-            # other kernels, which round elsewhere
-            limit = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps * max(1.0, b.abs().max().item())
-            assert (a - b).abs().max() < limit
+            if dtype == torch.float32:
+                assert (a - b).abs().max() < 1e-4
+            else:  # by other kernels, which round elsewhere: two forms of the engine on a CPU are up to 0.018 apart
+                assert rms(a - b) < 0.05 * rms(b)
         side = torch.cuda.Stream()
         f_theta = graph._network
         captured = f_theta._idle[0].graph.graphs["step"]
