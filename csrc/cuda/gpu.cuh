@@ -78,12 +78,7 @@ __device__ __forceinline__ uint32_t pack<bf16>(float lower, float upper) {
   return *reinterpret_cast<const uint32_t*>(&h);
 }
 
-// 2^x and 1/x within 2^-22, in one instruction each
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+// 1/x within 2^-22, in one instruction
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

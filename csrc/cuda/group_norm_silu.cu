@@ -117,18 +117,6 @@ struct Fetched {
   }
 };
 
-// f(i, of) for the channels i of a slice that are this thread's: the first fetched before, to be under way
-// early.
-__device__ __forceinline__ Fetched fetch(const Arguments& a, const Block& block) {
-  return threadIdx.x < a.cut.slice ? Fetched(a, block, threadIdx.x) : Fetched{};
-}
-template <class F>
-__device__ __forceinline__ void each_channel(const Arguments& a, const Block& block, const Fetched& first,
-                                             F&& f) {
-  if (threadIdx.x < a.cut.slice) f(threadIdx.x, first);
-  for (uint32_t i = threadIdx.x + kThreads; i < a.cut.slice; i += kThreads) f(i, Fetched(a, block, i));
-}
-
 // s = h + shift + residual, rounded to T, stored and put in h's place.
 template <class T, int V>
 __device__ __forceinline__ void add_residual(const Arguments& a, Vec<T, V>& h, const Vec<T, V>& residual,
@@ -202,7 +190,7 @@ __device__ __forceinline__ void nhwc_moments(const Arguments& a, const Block& bl
   const Fold& fold = a.fold;
   const Parameters parameters(a);
   const bool shifted = a.shift && !a.residual;
-  const Fetched fetched = shifted ? fetch(a, block) : Fetched{};
+  const Fetched fetched = shifted ? fetch<Fetched>(a, block) : Fetched{};
 
   for (uint32_t first = 0; first < columns.count; first += columns.step) {
     const bool idle = first + columns.column >= columns.count;
@@ -496,9 +484,20 @@ __device__ __forceinline__ void nchw_apply(const Arguments& a, const Block& bloc
 
 // ---- both layouts
 
-// f(group of the slice, mean and 1/std) by one thread a group, from the parts' moments: source(group, part).
-template <int V, bool nhwc, class Source, class F>
-__device__ __forceinline__ void merge_parts(const Arguments& a, Source&& source, F&& f) {
+// Where a slice's groups start in mean and rstd, and its moments in the scratch memory: [group, part].
+__device__ __forceinline__ int64_t groups_of(const Arguments& a, const Block& block) {
+  return block.b * a.sizes.groups + block.slice * (a.cut.slice / a.sizes.width);
+}
+__device__ __forceinline__ float2* scratch_of(const Arguments& a, const Block& block) {
+  return a.scratch + groups_of(a, block) * a.cut.parts;
+}
+
+// Mean and 1/std of the slice's groups, in shared memory, from the parts' moments: source(group, part). The
+// slice's first block leaves them for the backward.
+template <int V, bool nhwc, class Source>
+__device__ __forceinline__ const float2* merge_parts(const Arguments& a, const Block& block,
+                                                     Source&& source) {
+  float2* stat = shared_at<float2>(a.stat);
   const uint32_t groups = a.cut.slice / a.sizes.width;
   const float each = nhwc ? a.sizes.width : V;  // elements of a group in a unit of length
   const float total = a.cut.total * each;
@@ -510,16 +509,14 @@ __device__ __forceinline__ void merge_parts(const Arguments& a, Source&& source,
           mean = of.x;
           m2 = of.y;
         });
-    if (lane == 0 && own) f(group, make_float2(moments.x, 1.0f / sqrtf(moments.y / total + a.eps)));
+    if (lane != 0 || !own) return;
+    stat[group] = make_float2(moments.x, 1.0f / sqrtf(moments.y / total + a.eps));
+    if (block.part != 0) return;
+    a.mean[groups_of(a, block) + group] = stat[group].x;
+    a.rstd[groups_of(a, block) + group] = stat[group].y;
   });
-}
-
-// Where a slice's groups start in mean and rstd, and its moments in the scratch memory: [group, part].
-__device__ __forceinline__ int64_t groups_of(const Arguments& a, const Block& block) {
-  return block.b * a.sizes.groups + block.slice * (a.cut.slice / a.sizes.width);
-}
-__device__ __forceinline__ float2* scratch_of(const Arguments& a, const Block& block) {
-  return a.scratch + groups_of(a, block) * a.cut.parts;
+  __syncthreads();
+  return stat;
 }
 
 template <class T, int V, bool nhwc>
@@ -556,23 +553,15 @@ __device__ __forceinline__ void apply(const Arguments& a, const Block& block, co
   });
 }
 
-// Where the first block of a slice leaves mean and 1/std.
-__device__ __forceinline__ void leave(const Arguments& a, const Block& block, uint32_t group, float2 stat) {
-  const int64_t i = groups_of(a, block) + group;
-  a.mean[i] = stat.x;
-  a.rstd[i] = stat.y;
-}
-
 template <class T, int V, bool nhwc>
 __global__ void __launch_bounds__(kThreads, 2) cluster_kernel(const Arguments a) {
   cluster_arrive_relaxed();  // a peer's shared memory is there once the peer has started
   const Block block(a.cut, blockIdx.x, a.first_sample);
   T* data = shared_at<T>(a.data);
-  const Fetched fetched = fetch(a, block);
+  const Fetched fetched = fetch<Fetched>(a, block);
   copy<T, V, nhwc>(a, block, data);
   const uint32_t parts = a.cut.parts;
-  float2 *received = shared_at<float2>(a.received),
-         *stat = shared_at<float2>(a.stat);  // [group, part]; [group]
+  float2* received = shared_at<float2>(a.received);  // [group, part]
   moments<T, V, nhwc, true, true>(a, block, data,
                                   [&](uint32_t group, uint32_t lane, uint32_t lanes, float2 of) {
                                     for (uint32_t peer = lane; peer < parts; peer += lanes)
@@ -580,13 +569,8 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_kernel(const Arguments a)
                                   });
   cluster_arrive();
   cluster_wait();
-  merge_parts<V, nhwc>(
-      a, [&](uint32_t group, uint32_t part) { return received[group * parts + part]; },
-      [&](uint32_t group, float2 of) {
-        stat[group] = of;
-        if (block.part == 0) leave(a, block, group, of);
-      });
-  __syncthreads();
+  const float2* stat = merge_parts<V, nhwc>(
+      a, block, [&](uint32_t group, uint32_t part) { return received[group * parts + part]; });
   apply<T, V, nhwc, true>(a, block, fetched, [&](uint32_t group) { return stat[group]; }, data, false, block);
 }
 
@@ -594,8 +578,7 @@ template <class T, int V, bool nhwc>
 __global__ void __launch_bounds__(kThreads, kGridBlocks) grid_kernel(const Arguments a) {
   T* data = shared_at<T>(a.data);
   const uint32_t parts = a.cut.parts, items = a.cut.slice / a.sizes.width * parts;
-  float2 *received = shared_at<float2>(a.received),
-         *stat = shared_at<float2>(a.stat);  // [group, part]; [group]
+  float2* received = shared_at<float2>(a.received);  // [group, part]
   Block next(a.cut, blockIdx.x, a.first_sample);
   copy<T, V, nhwc>(a, next, data);
   for (uint32_t index = blockIdx.x; index < a.units;) {
@@ -603,7 +586,7 @@ __global__ void __launch_bounds__(kThreads, kGridBlocks) grid_kernel(const Argum
     index += gridDim.x;
     const bool more = index < a.units;
     if (more) next = Block(a.cut, index, a.first_sample);
-    const Fetched fetched = fetch(a, block);
+    const Fetched fetched = fetch<Fetched>(a, block);
     float2* scratch = scratch_of(a, block);
     moments<T, V, nhwc, true, false>(a, block, data, [&](uint32_t group, uint32_t lane, uint32_t, float2 of) {
       if (lane == 0) tell(scratch + group * parts + block.part, of);
@@ -613,13 +596,8 @@ __global__ void __launch_bounds__(kThreads, kGridBlocks) grid_kernel(const Argum
       hear_some<K>(scratch + i, kThreads, (items - i + kThreads - 1) / kThreads,
                    [&](int k, float2 of) { received[i + k * kThreads] = of; });
     __syncthreads();
-    merge_parts<V, nhwc>(
-        a, [&](uint32_t group, uint32_t part) { return received[group * parts + part]; },
-        [&](uint32_t group, float2 of) {
-          stat[group] = of;
-          if (block.part == 0) leave(a, block, group, of);
-        });
-    __syncthreads();
+    const float2* stat = merge_parts<V, nhwc>(
+        a, block, [&](uint32_t group, uint32_t part) { return received[group * parts + part]; });
     apply<T, V, nhwc, true>(a, block, fetched, [&](uint32_t group) { return stat[group]; }, data, more, next);
     __syncthreads();  // the next slice's numbers go where this one's are
   }
@@ -638,16 +616,10 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const Arguments a)
 template <class T, int V, bool nhwc>
 __global__ void __launch_bounds__(kThreads, 3) apply_kernel(const Arguments a) {
   const Block block(a.cut, blockIdx.x, a.first_sample);
-  const Fetched fetched = fetch(a, block);
+  const Fetched fetched = fetch<Fetched>(a, block);
   const float2* scratch = scratch_of(a, block);
-  float2* stat = shared_at<float2>(a.stat);
-  merge_parts<V, nhwc>(
-      a, [&](uint32_t group, uint32_t part) { return scratch[group * a.cut.parts + part]; },
-      [&](uint32_t group, float2 of) {
-        stat[group] = of;
-        if (block.part == 0) leave(a, block, group, of);
-      });
-  __syncthreads();
+  const float2* stat = merge_parts<V, nhwc>(
+      a, block, [&](uint32_t group, uint32_t part) { return scratch[group * a.cut.parts + part]; });
   apply<T, V, nhwc, false>(
       a, block, fetched, [&](uint32_t group) { return stat[group]; }, static_cast<T*>(nullptr), false, block);
 }

@@ -105,18 +105,6 @@ struct Fetched {
   }
 };
 
-// f(i, of) for the channels i of a slice that are this thread's: the first fetched before, to be under way
-// early.
-__device__ __forceinline__ Fetched fetch(const Arguments& a, const Block& block) {
-  return threadIdx.x < a.cut.slice ? Fetched(a, block, threadIdx.x) : Fetched{};
-}
-template <class F>
-__device__ __forceinline__ void each_channel(const Arguments& a, const Block& block, const Fetched& first,
-                                             F&& f) {
-  if (threadIdx.x < a.cut.slice) f(threadIdx.x, first);
-  for (uint32_t i = threadIdx.x + kThreads; i < a.cut.slice; i += kThreads) f(i, Fetched(a, block, i));
-}
-
 // What g needs of its channel, in shared memory.
 template <class T, bool silu>
 struct Channel {
@@ -621,7 +609,7 @@ template <class T, int V, bool nhwc, bool silu>
 __global__ void __launch_bounds__(kThreads, 2) cluster_kernel(const Arguments a) {
   cluster_arrive_relaxed();  // a peer's shared memory is there once the peer has started
   const Block block(a.cut, blockIdx.x, a.first_sample);
-  const Fetched fetched = fetch(a, block);
+  const Fetched fetched = fetch<Fetched>(a, block);
   const Work<T, V, nhwc, silu> work(a, block, shared_at<T>(a.data));
   work.copy();
   Channel<T, silu>::put(a, block, fetched);
@@ -660,7 +648,7 @@ __global__ void __launch_bounds__(kThreads, kGridBlocks) grid_kernel(const Argum
     index += gridDim.x;
     const bool more = index < a.units;
     if (more) next = Block(a.cut, index, a.first_sample);
-    const Fetched fetched = fetch(a, block);
+    const Fetched fetched = fetch<Fetched>(a, block);
     Channel<T, silu>::put(a, block, fetched);
     __syncthreads();
     const Work work(a, block, data);
@@ -678,7 +666,7 @@ __global__ void __launch_bounds__(kThreads, kGridBlocks) grid_kernel(const Argum
 template <class T, int V, bool nhwc, bool silu>
 __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const Arguments a) {
   const Block block(a.cut, blockIdx.x, a.first_sample);
-  Channel<T, silu>::put(a, block, fetch(a, block));
+  Channel<T, silu>::put(a, block, fetch<Fetched>(a, block));
   __syncthreads();
   const Work<T, V, nhwc, silu> work(a, block, nullptr);
   work.template sums<false>();
@@ -689,7 +677,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const Arguments a) {
 template <class T, int V, bool nhwc, bool silu>
 __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const Arguments a) {
   const Block block(a.cut, blockIdx.x, a.first_sample);
-  const Fetched fetched = fetch(a, block);
+  const Fetched fetched = fetch<Fetched>(a, block);
   const float2* means = Letters<false>(a, block).means();
   Channel<T, silu>::put(a, block, fetched);
   Gradient<T>::put(a, block, fetched, [&](uint32_t group) { return means[group]; });

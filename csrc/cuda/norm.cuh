@@ -42,6 +42,19 @@ struct Block {
   }
 };
 
+// f(i, of) for the channels i of a slice that are this thread's; the first is fetched before, to be under way
+// early.
+template <class Fetched, class Arguments>
+__device__ __forceinline__ Fetched fetch(const Arguments& a, const Block& block) {
+  return threadIdx.x < a.cut.slice ? Fetched(a, block, threadIdx.x) : Fetched{};
+}
+template <class Fetched, class Arguments, class F>
+__device__ __forceinline__ void each_channel(const Arguments& a, const Block& block, const Fetched& first,
+                                             F&& f) {
+  if (threadIdx.x < a.cut.slice) f(threadIdx.x, first);
+  for (uint32_t i = threadIdx.x + kThreads; i < a.cut.slice; i += kThreads) f(i, Fetched(a, block, i));
+}
+
 // f(k, what was told at from[k * stride]) for k < n, n <= K: all asked for at once, and again until they are
 // there.
 template <int K, class F>

@@ -381,7 +381,6 @@ uint32_t pack(float lower, float upper) {
   return word;
 }
 
-inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float tanh_fast(float x) { return std::tanh(x); }
 
