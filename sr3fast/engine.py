@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -123,7 +124,21 @@ def _kernels(device: torch.device) -> Any:
     if device.type != "cuda" or backend.forced() not in (None, "triton"):
         return None
     module = backend.load("triton")
-    return None if isinstance(module, str) else module
+    return None if isinstance(module, str) or not _compiles(device) else module
+
+
+@functools.cache
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton can: it needs the machine's C compiler, a folder to write to, a GPU that is not too old."""
+    one = torch.ones(1, 8, 1, 1, device=device)
+    try:
+        backend.load("triton").conv.add(one, one.view(8), None)
+    except Exception as error:
+        warnings.warn(
+            f"the engine goes without its Triton kernels, which cannot be compiled here: {error}", stacklevel=2
+        )
+        return False
+    return True
 
 
 def _add(out: Tensor, bias: Tensor, onto: Tensor | None) -> Tensor:
@@ -303,7 +318,8 @@ class _Tuned:
             layers = [copy.deepcopy(self) for _ in range(8)]  # the weights of each are in no cache, as in a step
             plain = _time(h.device, [functools.partial(f.by_layers, h, onto, parts) for f in layers])
             fused = _time(h.device, [functools.partial(f.by_kernel, kernels, plan, h, onto, parts) for f in layers])
-        except Exception:  # a GPU that has not the memory for the tile, a Triton that cannot compile it
+        except Exception as error:  # a GPU that has not the memory for the tile, a Triton that cannot compile it
+            warnings.warn(f"a convolution stays with cuDNN, its Triton kernel failed: {error}", stacklevel=2)
             return None
         return plan if fused < plain else None
 
@@ -452,7 +468,8 @@ class _Attention:
 
     def attend(self, qkv: Tensor) -> Tensor:
         B, P, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        kernels = _kernels(qkv.device) if self.tuned and qkv.dtype in (torch.float16, torch.bfloat16) else None
+        half = qkv.dtype in (torch.float16, torch.bfloat16) and qkv.is_contiguous()
+        kernels = _kernels(qkv.device) if self.tuned and half else None
         if kernels is not None and (tile := kernels.attention.tile(B, P, C, qkv.device)) is not None:
             return kernels.attention.attention(qkv.new_empty(B, P, C), qkv, tile)
         q, k, v = qkv[:, None].chunk(3, -1)

@@ -278,6 +278,16 @@ def test_errors_name_the_op_and_its_numbers(functions):
         home.group_norm_silu_backward((*outs[:4], None), h, h, None, ones, ones, mean, mean, 1, None, True, None)
 
 
+def test_a_block_without_room_for_its_part_leaves_it_to_two_kernels(emulated):
+    h = random(1, 3072, 2, 2, dtype=BF16, layout=NHWC).requires_grad_()
+    weight, bias = torch.ones(3072), torch.zeros(3072)
+    with emulated(HOPPER) as functions:
+        out = ops.group_norm_silu(h, weight, bias, 1)
+        functions.schedule(cuda_on_cpu.FORWARD)
+        out.sum().backward()
+        assert functions.launches == 4 and h.grad.isfinite().all()
+
+
 def test_a_group_of_too_many_channels_is_refused(emulated):
     h = random(1, 7992, 4, 4, dtype=BF16, layout=NHWC).requires_grad_()
     weight, bias = torch.ones(7992), torch.zeros(7992)

@@ -675,14 +675,13 @@ struct Plan {
         exec.device);
     if (a.cut.parts == 0) return false;
     const int64_t units = batch * a.cut.slices * a.cut.parts;
+    const int64_t shared = lay_out(a, true);
+    if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) return false;
     if (a.cut.parts == 1) {  // nobody to meet
-      const int64_t shared = lay_out(a, true);
       launch(op, cluster_kernel<T, V, nhwc>, {units, kThreads, shared, 1, exec.stream}, a);
       return true;
     }
     const auto kernel = grid_kernel<T, V, nhwc>;
-    const int64_t shared = lay_out(a, true);
-    if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) return false;
     const int64_t at_once = blocks_at_once(kernel, kThreads, shared, exec.device);
     if (a.cut.parts > at_once) return false;
     a.scratch = static_cast<float2*>(exec.scratch);

@@ -792,15 +792,15 @@ struct Plan {
         exec.device);
     if (a.cut.parts == 0) return false;
     const int64_t units = a.batch * a.cut.slices * a.cut.parts;
-    if (a.cut.parts == 1) {  // nobody to meet
-      const int64_t shared = lay_out(a, true, true);
+    const bool alone = a.cut.parts == 1;  // a block has nobody to meet
+    const int64_t shared = lay_out(a, true, alone);
+    if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) return false;
+    if (alone) {
       lay_out_scratch(a, exec);
       launch(op, cluster_kernel<T, V, nhwc, silu>, {units, kThreads, shared, 1, exec.stream}, a);
       return true;
     }
     const auto kernel = grid_kernel<T, V, nhwc, silu>;
-    const int64_t shared = lay_out(a, true, false);
-    if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec.device)) return false;
     const int64_t at_once = blocks_at_once(kernel, kThreads, shared, exec.device);
     if (a.cut.parts > at_once) return false;
     lay_out_scratch(a, exec);
