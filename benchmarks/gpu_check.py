@@ -61,6 +61,7 @@ with backend.use(sys.argv[1]):
             norms(new(2, 48, 17, 19, dtype=dtype).requires_grad_(), 16)
             norms(new(2, 40, 17, 19, dtype=dtype).requires_grad_(), 8, new(2, 24, 17, 19, dtype=dtype).requires_grad_())
             norms(new(1, 64, 64, 64, dtype=dtype).requires_grad_(), 32)  # a cluster of blocks on Hopper
+            norms(new(2, 64, 128, 208, dtype=dtype).requires_grad_(), 32)  # a grid of them
 torch.cuda.synchronize()
 print("ran")
 """

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sr3fast import contract, engine, ops
+from sr3fast import backend, contract, engine, ops
 from sr3fast.engine import Engine, Form
 from sr3fast.sampler import Sampler, network
 from sr3fast.schedule import Schedule
@@ -660,6 +661,17 @@ def test_the_triton_kernels_are_the_network(tmp_path):
                 assert (out - expected).abs().max() < 1e-5
 
 
+def test_a_triton_that_cannot_compile_is_told_and_left_out(monkeypatch):
+    def add(*tensors):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(backend, "load", lambda home: SimpleNamespace(conv=SimpleNamespace(add=add)))
+    with pytest.warns(UserWarning, match="goes without its Triton kernels.*Failed to find C compiler"):
+        assert not engine._compiles.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(engine, "_compiles", lambda device: False)
+    assert engine._kernels(torch.device("cuda")) is None
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -699,9 +711,9 @@ def test_on_a_gpu(dtype, exact_cudnn):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tuned_on_a_gpu(batch, exact_cudnn, monkeypatch):
     """Every convolution by its plan, whichever is faster: the network to rounding, the same bits at each replay."""
-    kernels = engine._kernels(torch.device("cuda"))
-    if kernels is None:
-        pytest.skip("Triton is not installed")
+    if isinstance(refused := backend.load("triton"), str):
+        pytest.skip(refused)
+    assert engine._kernels(torch.device("cuda")) is not None
     net = unet(channels=64, multipliers=(1, 2, 4), groups=32).cuda()
     x, y = (t.cuda() for t in images(net, B=batch, H=32, W=32))
     levels = LEVELS.cuda()
