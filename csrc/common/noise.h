@@ -141,35 +141,49 @@ SR3FAST_HD RoundKey round_key(uint64_t seed, uint32_t round) {
 }
 SR3FAST_HD RoundKey round_key(const RoundKeys& keys, uint32_t round) { return keys.of[round]; }
 
-// Philox4x32-10. Only c0 differs between the lanes, so half of the first two rounds is scalar. A Word may be
-// wider than 32 bits: only its low half counts, in the result too.
+// Philox4x32-10 of an image's counters (column, row, c2, c3) in parts, since a third of the work depends on
+// the column or the row alone. A Word may be wider than 32 bits: only its low half counts, in the result too.
+//
+// What the first three rounds make of all but the row: words of the first, second and third, the third's
+// high product last.
+template <class L>
+struct PhiloxColumn {
+  typename L::Word a3, b1, c3, high;
+};
 template <class L = One, class Key>
-SR3FAST_HD WordsOf<L> philox(const Key& key, typename L::Word c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  using Word = typename L::Word;
+SR3FAST_HD PhiloxColumn<L> philox_column(const Key& key, typename L::Word c0, uint32_t c2, uint32_t c3) {
+  PhiloxColumn<L> column;
+  typename L::Word high;
+  L::multiply(kPhilox0, c0, high, column.a3);
+  L::multiply(kPhilox1, high ^ (c3 ^ round_key(key, 0).k1), high, column.b1);
+  L::multiply(kPhilox0, high ^ ((kPhilox1 * c2) ^ round_key(key, 1).k0), column.high, column.c3);
+  return column;
+}
+
+// And of the row, which enters b2 and c2.
+struct PhiloxRow {
+  uint32_t b2, c2;
+};
+template <class Key>
+SR3FAST_HD PhiloxRow philox_row(const Key& key, uint32_t c1, uint32_t c2) {
   uint32_t high, low;
-  Word a0, a1, a2, a3, high_w, low_w;
-
-  RoundKey k = round_key(key, 0);
   One::multiply(kPhilox1, c2, high, low);
-  L::multiply(kPhilox0, c0, high_w, low_w);
-  const uint32_t b0 = high ^ c1 ^ k.k0, b1 = low;
-  a2 = high_w ^ (c3 ^ k.k1);
-  a3 = low_w;
+  One::multiply(kPhilox0, high ^ c1 ^ round_key(key, 0).k0, high, low);
+  return {high ^ round_key(key, 1).k1, low ^ round_key(key, 2).k1};
+}
 
-  k = round_key(key, 1);
-  One::multiply(kPhilox0, b0, high, low);
-  L::multiply(kPhilox1, a2, high_w, low_w);
-  a0 = high_w ^ (b1 ^ k.k0);
-  a1 = low_w;
-  a2 = a3 ^ (high ^ k.k1);
-  a3 = Word{} + low;
+template <class L = One, class Key>
+SR3FAST_HD WordsOf<L> philox(const Key& key, const PhiloxColumn<L>& column, PhiloxRow row) {
+  typename L::Word a0, a1, a2 = column.high ^ row.c2, a3 = column.c3;
+  L::multiply(kPhilox1, column.a3 ^ row.b2, a0, a1);
+  a0 = a0 ^ column.b1 ^ round_key(key, 2).k0;
 #if defined(__CUDACC__) || defined(__clang__)
 #pragma unroll
 #else
 #pragma GCC unroll 8
 #endif
-  for (uint32_t round = 2; round < kRounds; ++round) {
-    k = round_key(key, round);
+  for (uint32_t round = 3; round < kRounds; ++round) {
+    const RoundKey k = round_key(key, round);
     philox_round<L>(k.k0, k.k1, a0, a1, a2, a3);
   }
   return {a0, a1, a2, a3};
@@ -225,7 +239,8 @@ SR3FAST_HD void box_muller(typename L::Word a, typename L::Word b, typename L::F
 template <class Key>
 SR3FAST_HD Normals normals(const Key& key, uint32_t domain, uint32_t step, uint32_t c, uint32_t h,
                            uint32_t w4) {
-  const WordsOf<One> a = philox(key, w4, h, step, domain * 65536u + c);
+  const WordsOf<One> a =
+      philox(key, philox_column(key, w4, step, domain * 65536u + c), philox_row(key, h, step));
   Normals z;
   box_muller(a.a0, a.a1, z.z0, z.z1);
   box_muller(a.a2, a.a3, z.z2, z.z3);

@@ -183,42 +183,27 @@ struct WideLanes {
   }
 };
 
-// Which quad of kLanes the lanes draw: the order in which each_pixels needs the fewest shuffles.
-SR3FAST_INLINE Words32 quad_of_lane() {
-  Words32 quad;
-#if defined(__AVX512F__)
-  for (int i = 0; i < kLanes; ++i) quad[i] = static_cast<uint32_t>(i % 4 * 4 + i / 4);
-#else
-  for (int i = 0; i < kLanes; ++i) quad[i] = static_cast<uint32_t>(i);
-#endif
+// Noise is drawn for kQuads quads at a time: the lanes of a Words64, in the order in which each_pixels needs
+// the fewest shuffles. Their words make one vector of radii and one of angles, two pairs a quad.
+constexpr int kQuads = kLanes / 2;
+SR3FAST_INLINE Words64 quad_of_lane() {
+  Words64 quad;
+  for (int i = 0; i < kQuads; ++i) quad[i] = static_cast<uint64_t>(i / 2 + i % 2 * (kQuads / 2));
   return quad;
 }
 
-// Quads (a, b, c, d), one a lane in the order above, as vectors of neighbouring pixels: f(offset, vector).
+// First and second normals of pairs in that order, as vectors of neighbouring pixels: f(offset, vector).
 template <class F>
-SR3FAST_INLINE void each_pixels(Floats a, Floats b, Floats c, Floats d, F&& f) {
+SR3FAST_INLINE void each_pixels(Floats first, Floats second, F&& f) {
 #if defined(__AVX512F__)
-  const __m512 ab0 = _mm512_unpacklo_ps((__m512)a, (__m512)b), ab1 = _mm512_unpackhi_ps((__m512)a, (__m512)b);
-  const __m512 cd0 = _mm512_unpacklo_ps((__m512)c, (__m512)d), cd1 = _mm512_unpackhi_ps((__m512)c, (__m512)d);
-  const auto pairs = [&](int at, __m512d x, __m512d y) {
-    f(at, (Floats)_mm512_unpacklo_pd(x, y));
-    f(at + kLanes, (Floats)_mm512_unpackhi_pd(x, y));
-  };
-  pairs(0, _mm512_castps_pd(ab0), _mm512_castps_pd(cd0));
-  pairs(2 * kLanes, _mm512_castps_pd(ab1), _mm512_castps_pd(cd1));
+  f(0, (Floats)_mm512_unpacklo_ps((__m512)first, (__m512)second));
+  f(kLanes, (Floats)_mm512_unpackhi_ps((__m512)first, (__m512)second));
+#elif defined(__AVX2__)
+  f(0, (Floats)_mm256_unpacklo_ps((__m256)first, (__m256)second));
+  f(kLanes, (Floats)_mm256_unpackhi_ps((__m256)first, (__m256)second));
 #else
-  float pixels[4 * kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    pixels[4 * i] = a[i];
-    pixels[4 * i + 1] = b[i];
-    pixels[4 * i + 2] = c[i];
-    pixels[4 * i + 3] = d[i];
-  }
-  for (int i = 0; i < 4; ++i) {
-    Floats v;
-    std::memcpy(&v, pixels + i * kLanes, sizeof v);
-    f(i * kLanes, v);
-  }
+  f(0, Floats{first[0], second[0], first[1], second[1]});
+  f(kLanes, Floats{first[2], second[2], first[3], second[3]});
 #endif
 }
 

@@ -12,11 +12,11 @@
 namespace sr3fast::cpu::SR3FAST_ISA {
 namespace {
 
-constexpr int kQuad = 4 * kLanes;  // pixels of a vector of quads
-constexpr int kChannels = 16;      // channels of a tile, channels_last
-constexpr int kTile = 1024;        // elements of a tile, at most
-constexpr int kDrawn = 2 * kTile;  // normals drawn for a tile, at most: a line takes whole vectors of quads
-static_assert(kTile + kChannels * kQuad <= kDrawn, "a line of pixels may begin and end within a vector");
+constexpr int kPixels = 4 * kQuads;  // of the quads drawn at a time
+constexpr int kChannels = 16;        // channels of a tile, channels_last
+constexpr int kTile = 1024;          // elements of a tile, at most
+constexpr int kDrawn = 2 * kTile;    // normals drawn for a tile, at most: a line takes whole vectors
+static_assert(kTile + kChannels * kPixels <= kDrawn, "a line of pixels may begin and end within a vector");
 
 // Place of a tile: sample b, channels c .. c + channels, rows h .. h + rows, columns w .. w + pixels. With
 // more than one row it spans the image's width and has one channel.
@@ -33,7 +33,7 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
   const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   threads = threads_for(threads, y.numel());
   if (!y.channels_last()) {
-    const int64_t line = (W + 3 + kQuad - 1) / kQuad * kQuad;  // drawn for a row, wherever its origin
+    const int64_t line = (W + 3 + kPixels - 1) / kPixels * kPixels;  // drawn for a row, wherever its origin
     const int64_t rows_a_tile = W <= kTile ? least(kTile / W, kDrawn / line) : 1;
     const int64_t bands = (H + rows_a_tile - 1) / rows_a_tile;  // of a plane
     parallel_ranges(threads, B * C * bands, [&](int64_t begin, int64_t end) {
@@ -45,7 +45,7 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
     });
     return;
   }
-  const int64_t pixels_a_tile = C <= kChannels ? (kTile / C) / kQuad * kQuad : kQuad;
+  const int64_t pixels_a_tile = C <= kChannels ? (kTile / C) / kPixels * kPixels : kPixels;
   parallel_ranges(threads, B * H, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t w = 0; w < W; w += pixels_a_tile)
@@ -54,19 +54,19 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
   });
 }
 
-// f(size, i) over [0, n): size 2 as long as it fits, then 1. Two vectors side by side, because one chain of
+// f(size, i) over [0, n): size 4 as long as it fits, then 2 or 1. Vectors side by side, because one chain of
 // dependent operations leaves the ports idle.
 template <class F>
-SR3FAST_INLINE void by_two(int64_t n, F&& f) {
+SR3FAST_INLINE void by_four(int64_t n, F&& f) {
   int64_t i = 0;
-  for (; i + 2 <= n; i += 2) f(std::integral_constant<int, 2>(), i);
-  for (; i < n; ++i) f(std::integral_constant<int, 1>(), i);
+  for (; i + 4 <= n; i += 4) f(std::integral_constant<int, 4>(), i);
+  if (i + 2 <= n) f(std::integral_constant<int, 2>(), i), i += 2;
+  if (i < n) f(std::integral_constant<int, 1>(), i);
 }
 
-// The random words of a tile, line by line: words[k][i] is the k-th of quad i. A line is one channel of one
-// row.
+// The random words of a tile, vector by vector and line by line. A line is one channel of one row.
 struct Words {
-  alignas(64) uint32_t a[4][kDrawn / 4];
+  alignas(64) uint32_t radius[kDrawn / 2], angle[kDrawn / 2];
   int64_t vectors = 0;         // in all
   int64_t vectors_a_line = 0;  // a line begins at a whole vector, with the quad of its first pixel
 };
@@ -91,49 +91,42 @@ template <int M>
 SR3FAST_NOINLINE void draw_words(Words& words, const Tile& t, uint64_t seed, uint32_t domain, uint32_t step,
                                  Origin origin, const Ahead<M>& ahead) {
   const int64_t w = t.w + origin.w, first = w / 4, quads = (w + t.pixels + 3) / 4 - first;
-  words.vectors_a_line = (quads + kLanes - 1) / kLanes;
-  for (int64_t r = 0; r < t.rows; ++r)
-    for (int64_t channel = t.c; channel < t.c + t.channels; ++channel) {
-      const auto c = static_cast<uint32_t>(channel), h = static_cast<uint32_t>(t.h + r + origin.h);
-      by_two(words.vectors_a_line, [&](auto size, int64_t v) SR3FAST_INLINE_LAMBDA {
-        constexpr int N = size;
-        Group<Words64, 2 * N> w4;
+  words.vectors_a_line = (quads + kQuads - 1) / kQuads;
+  words.vectors = t.rows * t.channels * words.vectors_a_line;
+  for (int64_t c = 0; c < t.channels; ++c)
+    by_four(words.vectors_a_line, [&](auto size, int64_t v) SR3FAST_INLINE_LAMBDA {
+      constexpr int N = size;
+      Group<Words64, N> w4;
+      for (int i = 0; i < N; ++i) w4.v[i] = quad_of_lane() + static_cast<uint64_t>(first + (v + i) * kQuads);
+      const auto column =
+          philox_column<WideLanes<N>>(seed, w4, step, domain * 65536u + static_cast<uint32_t>(t.c + c));
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const PhiloxRow row = philox_row(seed, static_cast<uint32_t>(t.h + r + origin.h), step);
+        const WordsOf<WideLanes<N>> a = philox(seed, column, row);
+        const int64_t at = (r * t.channels + c) * words.vectors_a_line + v;
         for (int i = 0; i < N; ++i) {
-          const Words32 quad = quad_of_lane() + static_cast<uint32_t>(first + (v + i) * kLanes);
-          w4.v[2 * i] = (Words64)quad;
-          w4.v[2 * i + 1] = (Words64)quad >> 32;
+          const Words32 radius = vector::narrow(a.a0.v[i], a.a2.v[i]),
+                        angle = vector::narrow(a.a1.v[i], a.a3.v[i]);
+          std::memcpy(words.radius + (at + i) * kLanes, &radius, sizeof radius);
+          std::memcpy(words.angle + (at + i) * kLanes, &angle, sizeof angle);
         }
-        const auto a = philox<WideLanes<2 * N>>(seed, w4, h, step, domain * 65536u + c);
-        for (int i = 0; i < N; ++i) {
-          const auto put = [&](uint32_t* to, const Group<Words64, 2 * N>& x) {
-            const Words32 both = vector::narrow(x.v[2 * i], x.v[2 * i + 1]);
-            std::memcpy(to + (words.vectors + v + i) * kLanes, &both, sizeof both);
-          };
-          put(words.a[0], a.a0), put(words.a[1], a.a1), put(words.a[2], a.a2), put(words.a[3], a.a3);
-        }
-        ahead.this_tile((words.vectors + v) * kQuad, N * kQuad);
-      });
-      words.vectors += words.vectors_a_line;
-    }
+        ahead.this_tile(at * kPixels, N * kPixels);
+      }
+    });
 }
 
 // The normals of the words in their order, vector by vector: f(offset, z).
 template <class F>
 SR3FAST_INLINE void each_drawn(const Words& words, F&& f) {
-  by_two(words.vectors, [&](auto size, int64_t v) SR3FAST_INLINE_LAMBDA {
+  by_four(words.vectors, [&](auto size, int64_t v) SR3FAST_INLINE_LAMBDA {
     constexpr int N = size;
-    Group<Words32, 2 * N> radius, angle;
-    for (int i = 0; i < N; ++i) {
-      const auto get = [&](Words32& to, int k) {
-        std::memcpy(&to, words.a[k] + (v + i) * kLanes, sizeof to);
-      };
-      get(radius.v[i], 0), get(angle.v[i], 1), get(radius.v[N + i], 2), get(angle.v[N + i], 3);
-    }
-    Group<Floats, 2 * N> z0, z1;
-    box_muller<Lanes<2 * N>>(radius, angle, z0, z1);
+    Group<Words32, N> radius, angle;
+    std::memcpy(&radius, words.radius + v * kLanes, sizeof radius);
+    std::memcpy(&angle, words.angle + v * kLanes, sizeof angle);
+    Group<Floats, N> first, second;
+    box_muller<Lanes<N>>(radius, angle, first, second);
     for (int i = 0; i < N; ++i)
-      each_pixels(z0.v[i], z1.v[i], z0.v[N + i], z1.v[N + i],
-                  [&](int at, Floats z) { f((v + i) * kQuad + at, z); });
+      each_pixels(first.v[i], second.v[i], [&](int at, Floats z) { f((v + i) * kPixels + at, z); });
   });
 }
 
@@ -144,7 +137,7 @@ SR3FAST_NOINLINE void reorder_drawn(const Words& words, const Tile& t, int64_t i
   each_drawn(words, [&](int64_t at, Floats v) { store(drawn + at, v); });
   const float* line = drawn + into_quad;
   for (int64_t r = 0; r < t.rows; ++r)
-    for (int64_t c = 0; c < t.channels; ++c, line += words.vectors_a_line * kQuad)
+    for (int64_t c = 0; c < t.channels; ++c, line += words.vectors_a_line * kPixels)
       for (int64_t w = 0; w < t.pixels; ++w) z[(r * t.pixels + w) * t.channels + c] = line[w];
 }
 
@@ -155,7 +148,7 @@ SR3FAST_NOINLINE void each_normal(const Tile& t, uint64_t seed, uint32_t domain,
   Words words;
   draw_words(words, t, seed, domain, step, origin, ahead);
   const int64_t into_quad = (t.w + origin.w) % 4, n = t.numel();
-  if (t.channels == 1 && into_quad == 0 && t.pixels == words.vectors_a_line * kQuad) {
+  if (t.channels == 1 && into_quad == 0 && t.pixels == words.vectors_a_line * kPixels) {
     each_drawn(words, [&](int64_t at, Floats z) {
       ahead.next_tile(at);
       f(at, int64_t{kLanes}, z);
