@@ -11,14 +11,15 @@ from pathlib import Path
 import cuda_on_cpu
 import pytest
 import torch
-from conftest import DTYPES, LAYOUTS, nan_like, random, same_bits
+import torch.nn.functional as F
+from conftest import DTYPES, LAYOUTS, assert_as_exact_as_torch, nan_like, random, same_bits
 
 from sr3fast import backend, ops
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="g++ is not installed")
 
 # of emulate.h's table
-CLUSTERS, NARROW_CLUSTERS, AMPERE, AMPERE_SMALL_L2, HOPPER, CLUSTERS_OF_2, NO_CLUSTERS = range(7)
+CLUSTERS, NARROW_CLUSTERS, AMPERE, AMPERE_SMALL_L2, HOPPER, CLUSTERS_OF_2, NO_CLUSTERS, TAKEN = range(8)
 ROW = (1.2, 0.7, 1.0, 0.9, -0.1, 0.3, 0.2, -0.4, 0.5)
 
 
@@ -203,6 +204,7 @@ WAYS = [
     ((1, 8, 256, 256), 2, NHWC, F32, CLUSTERS, (2, 1, 0), (4, 1, 0)),
     ((2, 4, 256, 256), 1, NCHW, F32, CLUSTERS, (4, 1, 0), (6, 1, 0)),  # a sample at a time
     ((5, 16, 8, 8), 4, NHWC, F32, AMPERE_SMALL_L2, (1, 1, 0), (2, 1, 0)),  # a slice is small enough for a block
+    ((1, 8, 96, 96), 2, NHWC, F32, TAKEN, (2, 1, 0), (4, 1, 0)),  # others have the places of a grid
 ]
 
 
@@ -214,8 +216,15 @@ def test_the_way_a_norm_goes(emulated, shape, groups, layout, dtype, device, for
         out = ops.group_norm_silu(x, weight, bias, groups)
         assert (functions.launches, functions.largest_cluster, functions.grids) == forward
     with emulated(device) as functions:
-        torch.autograd.grad(out, (x, weight, bias), torch.ones_like(out))
+        dh, *_ = torch.autograd.grad(out, (x, weight, bias), torch.ones_like(out))
         assert (functions.launches, functions.largest_cluster, functions.grids) == backward
+
+    def plain(h):
+        out = F.silu(F.group_norm(h, groups))
+        return out.detach(), torch.autograd.grad(out.sum(), h)[0]
+
+    for actual, ours, exact in zip((out, dh), plain(x), plain(x.detach().double().requires_grad_()), strict=True):
+        assert_as_exact_as_torch(actual.detach(), ours, exact)
 
 
 def test_kernels_are_told_once_what_they_may_have(library, tmp_path):

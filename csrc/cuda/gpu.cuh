@@ -312,8 +312,9 @@ int64_t blocks_at_once(Kernel* kernel, int threads, int64_t shared, int device) 
   });
 }
 
+// Whether it was launched: one whose blocks run together is not where others have taken their places.
 template <class... Parameters, class... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), const Launch& l, const Arguments&... arguments) {
+bool launched(const char* op, void (*kernel)(Parameters...), const Launch& l, const Arguments&... arguments) {
   const auto what = [&] {
     return std::string(op) + ": a launch of " + std::to_string(l.blocks) + " blocks of " +
            std::to_string(l.threads) + " threads, " + std::to_string(l.shared) + " bytes of shared memory, " +
@@ -326,7 +327,17 @@ void launch(const char* op, void (*kernel)(Parameters...), const Launch& l, cons
   cudaLaunchAttribute cluster{};
   const cudaLaunchConfig_t config = configuration(l, cluster);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // it was a question
+    return false;
+  }
   if (error != cudaSuccess) check(error, what().c_str());
+  return true;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), const Launch& l, const Arguments&... arguments) {
+  launched(op, kernel, l, arguments...);
 }
 
 // Calls f(T{}) with the element type.

@@ -687,8 +687,7 @@ struct Plan {
     a.scratch = static_cast<float2*>(exec.scratch);
     clear(op, a.scratch, batch * a.sizes.groups * a.cut.parts, exec.stream);
     a.units = static_cast<uint32_t>(units);
-    launch(op, kernel, {std::min(units, at_once), kThreads, shared, 1, exec.stream, true}, a);
-    return true;
+    return launched(op, kernel, {std::min(units, at_once), kThreads, shared, 1, exec.stream, true}, a);
   }
 
   static void run(const char* op, Arguments a, int64_t batch, const Exec& exec) {

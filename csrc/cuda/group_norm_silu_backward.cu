@@ -806,7 +806,8 @@ struct Plan {
     lay_out_scratch(a, exec);
     clear(op, a.group_parts, a.batch * a.sizes.groups * a.cut.parts, exec.stream);
     a.units = static_cast<uint32_t>(units);
-    launch(op, kernel, {std::min(units, at_once), kThreads, shared, 1, exec.stream, true}, a);
+    if (!launched(op, kernel, {std::min(units, at_once), kThreads, shared, 1, exec.stream, true}, a))
+      return false;
     leave_totals(op, a, exec);
     return true;
   }

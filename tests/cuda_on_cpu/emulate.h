@@ -54,6 +54,7 @@ namespace emulate {
 
 struct Device {
   int capability, multiprocessors, shared, l2, widest_cluster;
+  int taken = 0;  // multiprocessors that others have, which occupancy does not know
 };
 // chosen by their index, so that a test can have several
 constexpr Device devices[] = {
@@ -64,6 +65,7 @@ constexpr Device devices[] = {
     {9, 132, 232448, 50 << 20, 16},
     {9, 4, 232448, 1 << 20, 2},  // a part of a GPU, with room for narrow clusters only
     {9, 4, 232448, 1 << 20, 1},
+    {9, 4, 232448, 1 << 20, 1, 4},
 };
 constexpr int kDevices = sizeof devices / sizeof devices[0];
 inline int device = 0;
@@ -241,7 +243,7 @@ inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // the runtime
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
@@ -324,9 +326,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Param
     return cudaErrorInvalidValue;
   int at_once = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel, 0, c->dynamicSmemBytes);
-  if (together &&
-      c->gridDim.x > static_cast<unsigned>(at_once * emulate::devices[emulate::device].multiprocessors))
-    return cudaErrorInvalidValue;
+  const emulate::Device& device = emulate::devices[emulate::device];
+  if (together && c->gridDim.x > static_cast<unsigned>(at_once * (device.multiprocessors - device.taken)))
+    return cudaErrorCooperativeLaunchTooLarge;
   ++emulate::launches;
   emulate::grids += together;
   emulate::largest_cluster = std::max(emulate::largest_cluster, static_cast<int>(size));
