@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from .image import Photo
     from .upscaling import Upscaler
     from .weights import Model
 
@@ -47,6 +48,8 @@ class Weights:
     """cpu, cuda, cuda:1; by default the GPU if there is one."""
     consistency: bool = False
     """Add up(source - down(result)), against a shift of colours, even if the weights do not ask for it."""
+    no_consistency: bool = False
+    """Leave that out, even if the weights ask for it."""
 
     def open(self) -> Upscaler:
         import torch
@@ -54,6 +57,8 @@ class Weights:
         from .sampler import find_device
         from .upscaling import Upscaler
 
+        if self.consistency and self.no_consistency:
+            raise ValueError("give --consistency or --no-consistency, not both")
         return Upscaler(
             self.model(),
             scale=self.scale,
@@ -63,7 +68,7 @@ class Weights:
             grid=self.grid,
             dtype=getattr(torch, self.dtype),
             device=find_device(self.device),
-            consistency=self.consistency or None,  # None: as the weights say
+            consistency=self.consistency or (False if self.no_consistency else None),  # None: as the weights say
         )
 
     def model(self) -> Model:
@@ -108,12 +113,15 @@ class Upscale(Weights):
 def upscale(options: Upscale) -> int:
     from tqdm import tqdm
 
-    from .image import ImageError
+    from .image import ImageError, check_writable
 
     if options.samples < 1:
         raise ValueError(f"--samples must be at least 1: got {options.samples}")
     upscaler = options.open()
     jobs = plan(options.inputs, options.out, f"-x{upscaler.scale:g}")
+    for result in {result.parent: result for _, result in reversed(jobs)}.values():  # the first of each folder
+        with _naming(result):
+            check_writable(result)
     failed = 0
     with tqdm(jobs, desc="pictures", unit="picture", disable=len(jobs) < 2) as bar:
         for source, result in bar:
@@ -135,14 +143,14 @@ def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -
     from . import image
     from .upscaling import Spread, Trace
 
-    picture = _read(source)
-    upscaler.check(picture.size)
-    image.check_format(result, image.Photo.of(picture).mode)
+    photo = _read(source)
+    upscaler.check(photo.size)
+    image.check_format(result, photo.mode)
     trace = None
     if options.trace is not None:
         trace = Trace(frames=8 if options.trace == "png" else 40)
     samples = options.samples if options.samples > 1 else None
-    drawn = upscaler(picture, options.seed, samples=samples, trace=trace, progress=True)
+    drawn = upscaler(photo, options.seed, samples=samples, trace=trace, progress=True)
     with _naming(result):
         if trace is not None:
             trace.save(_beside(result, "trace").with_suffix(f".{options.trace}"))
@@ -155,11 +163,11 @@ def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -
         image.write(drawn.mean, _beside(result, "mean"))
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> Photo:
     from . import image
 
     try:
-        return image.read(path)
+        return image.Photo.read(path)
     except OSError as error:
         raise image.ImageError(f"{path}: cannot be read: {error.strerror or _line(error)}") from error
 
@@ -167,7 +175,8 @@ def _read(path: Path) -> Any:
 def plan(inputs: Sequence[str], out: Path | None, suffix: str) -> list[tuple[Path, Path]]:
     """(source, result) for files, folders and patterns; results of an earlier run are no sources of this one.
 
-    Raises ValueError where there is nothing, or where `out` is a file for several pictures or of no format.
+    Raises ValueError where there is nothing, where `out` is a file for several pictures or of no format, and
+    where two pictures would have one result.
     """
     from .evaluation import pictures, stems
 
@@ -193,6 +202,10 @@ def plan(inputs: Sequence[str], out: Path | None, suffix: str) -> list[tuple[Pat
         if len(jobs) != 1:
             raise ValueError(f"--out {out} is one file for {len(jobs)} pictures: give a folder")
         jobs = {source: out for source in jobs}
+    first: dict[Path, Path] = {}
+    for source, result in jobs.items():
+        if not source.samefile(first.setdefault(result, source)):
+            raise ValueError(f"{first[result]} and {source} would both become {result}: give them an --out each")
     return list(jobs.items())
 
 
@@ -242,8 +255,11 @@ class Evaluate(Weights):
 
 def evaluate(options: Evaluate) -> int:
     from .evaluation import evaluate
-    from .image import atomic
+    from .image import atomic, check_writable
 
+    if options.json is not None:
+        with _naming(options.json):
+            check_writable(options.json)
     upscaler = options.open() if options.result is None or options.bits is not None else None
     found = evaluate(
         options.truth,

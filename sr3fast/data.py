@@ -93,7 +93,7 @@ def read(path: str | Path) -> np.ndarray:
     """A picture's values [C, H, W]: uint8, uint16 or float32 in [-1, 1]. Alpha is left out."""
     if Path(path).suffix == ".npy":
         return _check_array(np.load(path, allow_pickle=False), path)
-    return _values(image.Photo.of(image.read(path)).color)
+    return _values(image.Photo.read(path).color)
 
 
 def _values(picture: Image.Image) -> np.ndarray:

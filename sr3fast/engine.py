@@ -52,7 +52,8 @@ class Form:
     upsample          nearest neighbour + 3x3 as one transposed 4x4 of stride 2: 4/9 of the products
     padded_channels   CUDA: input and output channels are a multiple of 8, for the tensor cores
     tuned             CUDA: by Triton, a bias and a residual in one pass, attention of few positions (half precision)
-                      and, in a captured step, convolutions of few positions where that is faster (bfloat16)
+                      and, in a captured step, convolutions of few positions where that is faster (bfloat16); where
+                      torch is asked to be deterministic, nothing is chosen by its time
     """
 
     channels_last: bool = True
@@ -253,8 +254,13 @@ def transposed_weight(weight: Tensor) -> Tensor:
     return torch.einsum("ka,lb,ocab->cokl", mix, mix, weight.double())
 
 
-# in a capture, and in the runs before it
-_capturing: ContextVar[bool] = ContextVar("sr3fast_capturing", default=False)
+# in a capture and in the runs before it, where what is faster may be chosen
+_choosing: ContextVar[bool] = ContextVar("sr3fast_choosing", default=False)
+
+
+def _asked_to_be_deterministic() -> bool:
+    """Then nothing is chosen by its time, which differs from process to process."""
+    return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 class _Tuned:
@@ -273,7 +279,7 @@ class _Tuned:
         self.parities: Tensor | None = None  # the weight of `up` as the kernel reads it
 
     def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False, parts: Sequence[Tensor] = ()):
-        kernels = _kernels(h.device) if _capturing.get() and _all_channels_last(h, onto, *parts) else None
+        kernels = _kernels(h.device) if _choosing.get() and _all_channels_last(h, onto, *parts) else None
         if kernels is None:
             return self.by_layers(h, onto, parts)
         key = (
@@ -1038,8 +1044,8 @@ class Engine:
             current, (_, stream, pool) = torch.cuda.current_stream(device), self._captures
             graph = torch.cuda.CUDAGraph()
             gc.disable()  # a collected kernel would unload its module in the middle of the capture
-            torch.backends.cudnn.benchmark = True  # the choice is made in the runs before the capture
-            capturing = _capturing.set(True)
+            choosing = _choosing.set(not _asked_to_be_deterministic())
+            torch.backends.cudnn.benchmark = _choosing.get()  # the choice is made in the runs before the capture
             try:
                 stream.wait_stream(current)
                 with torch.cuda.stream(stream):
@@ -1058,7 +1064,7 @@ class Engine:
                     f"the step could not be captured as a CUDA graph ({error}); graph=False runs it without"
                 ) from error
             finally:
-                _capturing.reset(capturing)
+                _choosing.reset(choosing)
                 torch.backends.cudnn.benchmark = benchmark
                 if collecting:
                     gc.enable()

@@ -7,7 +7,7 @@ print(evaluate("truth", result="finished"))            measure what anyone made
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,9 +111,9 @@ def evaluate(
         progress: show a bar over the pictures.
 
     Raises:
-        ValueError: nothing there, a picture without its partner, an option out of its range.
+        ValueError: nothing there, no picture with a partner, an option out of its range.
 
-    A picture that cannot be measured is among `failed`; the others go on.
+    A picture that cannot be measured, or has no partner, is among `failed`; the others go on.
     """
     if result is None and upscaler is None:
         raise ValueError("give an upscaler, or finished pictures as result")
@@ -123,28 +123,30 @@ def evaluate(
         _check_bits(upscaler, bits)
     scale = scale if upscaler is None else upscaler.scale
     truths = pictures(truth)
+    truths = dict(list(truths.items())[:limit])
     sources = _partners(truths, source)
     results = _partners(truths, result)
-    names = list(truths)[:limit]
     scores: dict[str, dict[str, Scores]] = {}
     failed: dict[Path, Exception] = {}
     bounds = []
-    for name in tqdm(names, desc="pictures", unit="picture", disable=not progress or len(names) < 2):
+    bar = tqdm(truths.items(), desc="pictures", unit="picture", disable=not progress or len(truths) < 2)
+    for name, path in bar:
         try:
-            whole = _color(truths[name])
-            high, low = _pair(truths[name], whole, sources.get(name), scale)
-            if result is None:
+            whole = _color(path)
+            high, low = _pair(path, whole, sources(name), scale)
+            finished = results(name)
+            if finished is None:
                 assert upscaler is not None
                 made = _upscaled(upscaler, low, seed)
             else:
-                made = _finished(results[name], whole.size, high.size)
+                made = _finished(finished, whole.size, high.size)
             row = {BICUBIC: _scores(low.resized(high.size), high, low), RESULT: _scores(made, high, low)}
             if bits is not None:
                 assert upscaler is not None
                 bounds.append(_bits(upscaler, high, low, bits, seed))
             scores[name] = row
         except (ImageError, OSError) as error:
-            failed[truths[name]] = error
+            failed[path] = error
     return Evaluation(scores, _mean(bounds), failed)
 
 
@@ -177,20 +179,26 @@ def stems(paths: Sequence[Path]) -> Iterator[Path]:
         yield name if count[name] == 1 else path
 
 
-def _partners(truths: dict[str, Path], path: str | Path | None) -> dict[str, Path]:
+def _partners(truths: dict[str, Path], path: str | Path | None) -> Callable[[str], Path | None]:
+    """The partner of a truth, by its name: None where none was given, ImageError where its own is missing."""
     if path is None:
-        return {}
+        return lambda name: None
     partners = pictures(path)
     if Path(path).is_file() and len(truths) == 1:
-        return dict.fromkeys(truths, Path(path))
-    missing = [name for name in truths if name not in partners]
-    if missing:
-        raise ValueError(f"{path}: no partner for {missing[0]} ({len(missing)} of {len(truths)} are missing)")
-    return partners
+        partners = dict.fromkeys(truths, Path(path))
+    if not truths.keys() & partners.keys():
+        raise ValueError(f"{path}: no picture here has the name of a truth, such as {next(iter(truths))}")
+
+    def partner(name: str) -> Path:
+        if name not in partners:
+            raise ImageError(f"{truths[name]}: no picture of that name in {path}")
+        return partners[name]
+
+    return partner
 
 
 def _color(path: Path) -> Photo:
-    return Photo(Photo.of(image.read(path)).color)
+    return Photo(Photo.read(path).color)
 
 
 def _pair(path: Path, high: Photo, source: Path | None, scale: float) -> tuple[Photo, Photo]:
@@ -224,7 +232,7 @@ def _cut(photo: Photo, size: tuple[int, int]) -> Photo:
 
 
 def _upscaled(upscaler: Upscaler, low: Photo, seed: int) -> Photo:
-    drawn = upscaler(low.with_color(low.tensor()), seed)
+    drawn = upscaler(low, seed)
     assert isinstance(drawn, Image.Image)  # not a Spread: samples= was not given
     return Photo.of(drawn)
 

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import struct
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +34,17 @@ class ImageError(ValueError):
 
 
 # Files
+
+
+@contextlib.contextmanager
+def naming(picture: object) -> Iterator[None]:
+    """Within it, an ImageError names the picture's file, where it is one."""
+    try:
+        yield
+    except ImageError as error:
+        if not isinstance(picture, str | os.PathLike) or os.fspath(picture) in str(error):
+            raise
+        raise ImageError(f"{os.fspath(picture)}: {error}") from error
 
 
 def read(path: str | Path) -> Image.Image:
@@ -93,6 +105,15 @@ def write(picture: Image.Image, path: str | Path, **options: object) -> None:
         options.setdefault("icc_profile", picture.info["icc_profile"])
     with atomic(path) as temporary:
         picture.save(temporary, format=name, **options)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError where no file of that name could be written; nothing is made."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextlib.contextmanager
@@ -164,6 +185,12 @@ class Photo:
             picture = picture.convert("LA" if gray else "RGBA")
         alpha = _alpha(picture, "LA" if gray else "RGBA")
         return cls(picture.convert("L" if gray else "RGB"), alpha, icc)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Photo:
+        """`of` the picture in a file."""
+        with naming(path):
+            return cls.of(read(path))
 
     @property
     def size(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from .weights import Model, Target
 
 __all__ = ["Picture", "Spread", "Tiled", "Trace", "Upscaler", "upscale"]
 
-Picture = Image.Image | np.ndarray | str | os.PathLike | IO[bytes]
+Picture = Image.Image | image.Photo | np.ndarray | str | os.PathLike | IO[bytes]
 """What is taken for a picture; see `upscale`."""
 TILE = 512
 """Side of a window, at most, where `tile` is not given."""
@@ -62,7 +62,7 @@ def upscale(
 
     Args:
         picture: Pillow's image of at least 2 x 2; a file's path, or a file opened in binary (its EXIF
-            orientation is honoured); a uint8 array [H, W], [H, W, 3] or [H, W, 4].
+            orientation is honoured); a uint8 array [H, W], [H, W, 3] or [H, W, 4]; an image.Photo.
         model: the name of weights that ship, a folder of weights.save, or a weights.Model. For a checkpoint
             of Janspiry's code: Model(*compat.janspiry.load("I1_E1_gen.pth"), scale=4).
         scale: the weights' own by default; one that they do not support is refused.
@@ -165,10 +165,11 @@ class Upscaler:
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise TypeError(f"seed must be a whole number, or None to draw one (samples= draws several): got {seed!r}")
         self.last_seed = seed
-        source = image.Photo.of(_open(picture))
-        width, height = self.check(source.size)
+        with image.naming(picture):
+            source = _photo(picture)
+            width, height = self.check(source.size)
+            small = source.tensor(self.channels)[None].to(self.device)
         large = source.resized((width, height))
-        small = source.tensor(self.channels)[None].to(self.device)
         x = large.tensor(self.channels)[None].to(self.device)
         padded = image.reflect_pad(x, self.model.unet.multiple)
 
@@ -202,18 +203,20 @@ class Upscaler:
         return large
 
 
-def _open(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
+def _photo(picture: Picture) -> image.Photo:
+    if isinstance(picture, image.Photo):
         return picture
+    if isinstance(picture, Image.Image):
+        return image.Photo.of(picture)
     if isinstance(picture, str | os.PathLike):
-        return image.read(os.fspath(picture))
+        return image.Photo.read(os.fspath(picture))
     if isinstance(picture, np.ndarray):
         if picture.dtype == np.uint8 and (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))):
-            return Image.fromarray(picture)
+            return image.Photo.of(Image.fromarray(picture))
         got = f"{picture.dtype} {list(picture.shape)}"
     elif hasattr(picture, "read"):
         try:
-            return ImageOps.exif_transpose(Image.open(picture))
+            return image.Photo.of(ImageOps.exif_transpose(Image.open(picture)))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise image.ImageError(f"not an image that Pillow can read: {error}") from error
     else:

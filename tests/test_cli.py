@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import janspiry_reference
@@ -82,11 +83,29 @@ def test_seed_steps_solver_and_grid_reach_the_sampler(here, folder):
         ("b", {"seed": 1, "steps": 5}, ["--seed", "1", "--steps", "5"]),
         ("c", {"solver": "ddim", "grid": "t"}, ["--solver", "ddim", "--grid", "t"]),
         ("d", {"consistency": True}, ["--consistency"]),
+        ("e", {"consistency": False}, ["--no-consistency"]),
     ):
         assert run(folder, "photo.png", "--out", f"{name}.png", *arguments) == 0
         expected[name] = np.asarray(upscale("photo.png", weights.load(folder), **options))
         assert np.array_equal(np.asarray(Image.open(f"{name}.png")), expected[name])
-    assert len({value.tobytes() for value in expected.values()}) == 4
+    assert len({value.tobytes() for value in expected.values()}) == 5
+
+
+def test_weights_that_ask_for_consistency(here, folder, capsys):
+    picture("photo.png")
+    model = weights.load(folder)
+    weights.save("asking", replace(model, card={**model.card, "consistency": True}))
+    made = {}
+    for name, weight, arguments in (
+        ("loose", folder, ()),
+        ("asked", "asking", ()),
+        ("told", folder, ["--consistency"]),
+        ("left", "asking", ["--no-consistency"]),
+    ):
+        assert run(weight, "photo.png", "--out", f"{name}.png", *arguments) == 0
+        made[name] = Path(f"{name}.png").read_bytes()
+    assert made["asked"] == made["told"] != made["left"] == made["loose"]
+    refused(here, folder, capsys, "photo.png", "--consistency", "--no-consistency", match="not both")
 
 
 def test_a_folder_and_a_rerun(here, folder, capsys):
@@ -134,6 +153,13 @@ def test_plan(here):
         plan(["missing.png"], None, "-x4")
     with pytest.raises(ValueError, match="nothing to enlarge"):
         plan([], None, "-x4")
+    picture("in2/a.jpg")
+    with pytest.raises(ValueError, match=r"in/a\.jpg and in2/a\.jpg would both become out/a\.png: give them an --out"):
+        plan(["in/a.jpg", "in2/a.jpg"], Path("out"), "-x4")
+    with pytest.raises(ValueError, match=r"b/a\.png and in/a\.png would both become out/a\.png"):
+        picture("b/a.png")
+        plan(["b", "in/a.png"], Path("out"), "-x4")
+    assert len(plan(["b/a.png", here / "b/a.png"], Path("out"), "-x4")) == 2  # one file by two names
 
 
 def test_a_broken_file_is_passed_over(here, folder, capsys):
@@ -438,8 +464,17 @@ def test_a_place_that_cannot_be_written(here, folder, capsys, monkeypatch):
             assert run(folder, "photo.png", "--out", out) == 2
             line = capsys.readouterr().err.strip().splitlines()[-1]
             assert line == f"sr3fast: {result}: {os.strerror(errno.EACCES)}"
-    assert run(folder, "photo.png", "--out", "photo.png/x.png") == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("sr3fast: photo.png/x.png: ")
+
+
+def test_a_place_that_cannot_be_written_is_found_before_any_step(here, folder, capsys, monkeypatch):
+    picture("photo.png")
+    monkeypatch.setattr(UNet, "forward", None)
+    refused(here, folder, capsys, "photo.png", "--out", "photo.png/x.png", match="sr3fast: photo.png/x.png: Not a dir")
+    refused(
+        here, folder, capsys, "photo.png", "--out", "photo.png/new", match="photo.png/new/photo.png: Not a directory"
+    )
+    assert run(folder, "photo.png", "--json", "photo.png/x.json", command="evaluate") == 2
+    assert capsys.readouterr().err == "sr3fast: photo.png/x.json: Not a directory\n"
 
 
 def test_a_suffix_of_no_format(here, folder, capsys):

@@ -546,6 +546,17 @@ class FakeStream:
         self.cuda.note("wait", self.name, other.name)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_may_be_chosen_by_its_time_in_a_capture(monkeypatch, deterministic):
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    seen = set()
+    body = lambda: seen.add((engine._choosing.get(), torch.backends.cudnn.benchmark))  # noqa: E731
+    Engine(unet())._capture(body, lambda: None)
+    assert seen == {(not deterministic, not deterministic)}
+    assert not engine._choosing.get()
+
+
 def test_how_a_step_is_captured(monkeypatch):
     f_theta = Engine(unet())
     cuda = FakeCuda(monkeypatch)
@@ -625,7 +636,7 @@ def as_on_a_gpu(graph):
     turns = iter([2.0, 1.0] * 1000)
     engine._time = lambda device, calls: (calls[0](), next(turns))[1]
     engine._Tuned.choices.clear()
-    engine._capturing.set(graph)
+    engine._choosing.set(graph)
     found = {}
     for dtype, B, late_bias in itertools.product((torch.float32, torch.bfloat16), (1, 2), (True, False)):
         net = unet(**TINY)
@@ -721,8 +732,10 @@ def test_tuned_on_a_gpu(batch, exact_cudnn, monkeypatch):
     with torch.autocast("cuda", torch.bfloat16):
         autocast = plain(net, x, y, levels[1])
     monkeypatch.setattr(engine._Tuned, "choices", {})
-    f_theta = Engine(net, torch.bfloat16)
-    measured = run_once(f_theta, x, y, levels)
+    run_once(Engine(net, torch.bfloat16), x, y, levels)
+    assert not engine._Tuned.choices  # torch is asked to be deterministic
+    monkeypatch.setattr(engine, "_asked_to_be_deterministic", lambda: False)
+    measured = run_once(Engine(net, torch.bfloat16), x, y, levels)
     assert len(engine._Tuned.choices) > 10
     assert rms(measured - expected) < 1.5 * rms(autocast - expected)
 

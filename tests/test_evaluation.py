@@ -94,8 +94,15 @@ def test_names_in_folders(tmp_path):
     found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
     assert [s[RESULT].psnr for s in found.scores.values()] == [float("inf")] * 4
     (tmp_path / "sr" / "a.jpg.png").unlink()
-    with pytest.raises(ValueError, match=r"sr: no partner for a.jpg \(1 of 4 are missing\)"):
-        evaluate(tmp_path / "hr", result=tmp_path / "sr")
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
+    assert list(found.scores) == ["a.png", "deep/a", "deep/b"]
+    truth = tmp_path / "hr" / "a.jpg"
+    assert str(found.failed.pop(truth)) == f"{truth}: no picture of that name in {tmp_path / 'sr'}"
+    assert not found.failed
+    picture(tmp_path / "other" / "x.png")
+    for options in ({"result": tmp_path / "other"}, {"result": tmp_path / "sr", "source": tmp_path / "other"}):
+        with pytest.raises(ValueError, match=r"other: no picture here has the name of a truth, such as a\.jpg"):
+            evaluate(tmp_path / "hr", **options)
 
 
 def test_a_broken_picture_is_passed_over(tmp_path, upscaler):

@@ -337,12 +337,19 @@ def test_scale_and_card():
     assert len(Upscaler(model(card={})).sampler.table) == 25
 
 
-def test_what_cannot_be_done_is_refused_before_any_step():
+def test_what_cannot_be_done_is_refused_before_any_step(tmp_path):
     net = model()
     calls = []
     net.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(image.ImageError, match="at least 2 x 2 pixels: got 1 x 1"):
+    with pytest.raises(image.ImageError, match=r"^a picture needs at least 2 x 2 pixels: got 1 x 1"):
         upscale(blobs(1, 1), net)
+    for name, picture, rule in (
+        ("dot.png", blobs(1, 1), "a picture needs at least 2 x 2 pixels: got 1 x 1"),
+        ("float.tiff", Image.new("F", (8, 8)), "a picture of mode F has no fixed range"),
+    ):
+        picture.save(tmp_path / name)
+        with pytest.raises(image.ImageError, match=f"^{tmp_path / name}: {rule}"):
+            upscale(tmp_path / name, net)
     with pytest.raises(image.ImageError, match="4 times 5000 x 4000: 20000 x 16000 is 320 million pixels"):
         Upscaler(net).check((5000, 4000))
     with pytest.raises(ValueError, match="1 or 3 channels from as many"):
