@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-cli
 	$(RUN) examples/demo.py
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
