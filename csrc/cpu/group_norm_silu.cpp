@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kBlock = 4096;  // elements of a block: 16 KB of float32
 constexpr int kUnroll = 4;
-constexpr int64_t kSums = 256 * kLanes;  // elements that a lane sums up in float32: then double takes over
+constexpr int64_t kSummed = 256;  // elements that a lane sums up in float32: then double takes over
 
 template <class T>
 class Buffer {
@@ -55,20 +55,32 @@ struct Affine {
   float mean, scale, bias;
 };
 
+// (h - mean) scale + bias. To a result of 16 bits the mean may go into the bias beforehand; a float's would
+// lose what a large mean leaves.
+template <class T>
+SR3FAST_INLINE float bias_for(const Affine& a) {
+  return sizeof(T) == 2 ? a.bias - a.mean * a.scale : a.bias;
+}
+template <class T, class Mean, class Scale, class Bias>
+SR3FAST_INLINE Floats normal(Floats h, Mean mean, Scale scale, Bias bias_for) {
+  return sizeof(T) == 2 ? h * scale + bias_for : (h - mean) * scale + bias_for;
+}
+
 SR3FAST_INLINE Affine affine(const Norm& norm, int64_t b, int64_t c, int64_t channels, float mean,
                              float rstd) {
   const float shift = norm.shift ? read(norm.shift, b * channels + c) : 0.0f;
   return {mean - shift, rstd * read(norm.weight, c), read(norm.bias, c)};
 }
 
-template <bool with_silu>
+template <bool with_silu, class T>
 SR3FAST_INLINE Floats activate(Floats n) {
-  return with_silu ? silu(n) : n;
+  return with_silu ? silu<T>(n) : n;
 }
 
 // d silu(n)/dn
+template <class T>
 SR3FAST_INLINE Floats silu_slope(Floats n) {
-  const Floats s = sigmoid(n);
+  const Floats s = sigmoid<T>(n);
   return s + n * s * (1.0f - s);
 }
 
@@ -117,11 +129,14 @@ SR3FAST_INLINE void add_plane(T* s, const T* h, const T* residual, float shift, 
 
 template <bool silu, class T>
 SR3FAST_INLINE void normalise_plane(T* out, const T* h, int64_t n, Affine a, bool far) {
+  const float bias = bias_for<T>(a);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    put(out + i, kLanes, activate<silu>((load(h + i) - a.mean) * a.scale + a.bias), far);
-  if (i < n)
-    store_some(out + i, n - i, activate<silu>((load_some(h + i, n - i, 0.0f) - a.mean) * a.scale + a.bias));
+    put(out + i, kLanes, activate<silu, T>(normal<T>(load(h + i), a.mean, a.scale, bias)), far);
+  if (i < n) {
+    const Floats last = load_some(h + i, n - i, 0.0f);
+    store_some(out + i, n - i, activate<silu, T>(normal<T>(last, a.mean, a.scale, bias)));
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- forward,
@@ -242,7 +257,7 @@ SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, i
       for (int u = 0; u < kWide; ++u) {
         const Floats v = load(h + i * channels + c + u * kLanes);
         put(out + i * out_channels + c + u * kLanes, kLanes,
-            activate<silu>((v - means[u]) * scales[u] + biases[u]), far);
+            activate<silu, T>(normal<T>(v, means[u], scales[u], biases[u])), far);
       }
   }
   for (; c < channels; c += kLanes) {
@@ -251,7 +266,7 @@ SR3FAST_INLINE void normalise_pixels(T* out, int64_t out_channels, const T* h, i
                  b = load_some(bias + c, left, 0.0f);
     for (int64_t i = 0; i < pixels; ++i)
       put(out + i * out_channels + c, left,
-          activate<silu>((load_some(h + i * channels + c, left, 0.0f) - m) * k + b), far);
+          activate<silu, T>(normal<T>(load_some(h + i * channels + c, left, 0.0f), m, k, b)), far);
   }
 }
 
@@ -316,10 +331,11 @@ void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& n
           rstd[b * norm.groups + g] = group_rstd;
         }
         for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-          const Affine a = affine(norm, b, c, C, group.mean, group_rstd);
-          means[c] = s ? group.mean : a.mean;
+          Affine a = affine(norm, b, c, C, group.mean, group_rstd);
+          if (s) a.mean = group.mean;
+          means[c] = a.mean;
           scales[c] = a.scale;
-          biases[c] = a.bias;
+          biases[c] = bias_for<T>(a);
         }
       }
       // backwards: the last blocks are still in the cache
@@ -343,16 +359,21 @@ void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& n
 // ----------------------------------------------------------------------------------------------------
 // backward
 
-// With n = w x_hat + b and g = grad silu'(n), over a group of N elements
+// With d = h - mean, x_hat = d rstd, n = w x_hat + b and g = grad silu'(n), over a group of N elements
 //   dh = (w g - <w g> - x_hat <w g x_hat>) rstd (+ grad_s)
-// and per channel dbias = sum g, dweight = sum g x_hat, dshift = sum dh.
-struct Slopes {
-  float mean_wg, mean_wgx;
+// and per channel dbias = sum g, dweight = sum g x_hat, dshift = sum dh. dh = scale g + slope d + offset:
+struct Gradient {
+  float scale, slope, offset;
+
+  SR3FAST_INLINE Gradient(float weight, float rstd, double mean_wg, double mean_wgx)
+      : scale(weight * rstd),
+        slope(static_cast<float>(-mean_wgx * rstd * rstd)),
+        offset(static_cast<float>(-mean_wg * rstd)) {}
 };
 
-template <bool silu>
-SR3FAST_INLINE Floats slope_of(Floats grad, Floats x_hat, Floats weight, Floats bias) {
-  return silu ? grad * silu_slope(x_hat * weight + bias) : grad;
+template <bool silu, class T>
+SR3FAST_INLINE Floats g_of(Floats grad, Floats d, Floats scale, Floats bias) {
+  return silu ? grad * silu_slope<T>(d * scale + bias) : grad;
 }
 
 template <bool silu, class T>
@@ -361,6 +382,7 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
                    Exec exec) {
   const Pair<T> h(norm);
   const int64_t B = norm.h.size[0], C = h.channels, HW = h.hw, D = C / norm.groups;
+  constexpr int64_t kStretch = kSummed * kLanes;
   parallel_ranges(threads_for(exec.threads, B * C * HW), B * norm.groups, [&](int64_t begin, int64_t end) {
     for (int64_t bg = begin; bg < end; ++bg) {
       const int64_t b = bg / norm.groups, first = bg % norm.groups * D;
@@ -370,18 +392,18 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
         const float weight = read(norm.weight, c);
         const T *plane = h.plane(b, c), *g_plane = grad + (b * C + c) * HW;
         double sum_g = 0.0, sum_gx = 0.0;
-        for (int64_t block = 0; block < HW; block += kSums) {
-          const int64_t stop = HW - block < kSums ? HW : block + kSums;
-          Floats gs = {}, gxs = {};
+        for (int64_t block = 0; block < HW; block += kStretch) {
+          const int64_t stop = HW - block < kStretch ? HW : block + kStretch;
+          Floats gs = {}, gds = {};
           for (int64_t i = block; i < stop; i += kLanes) {
-            const Floats x_hat = (load_some(plane + i, stop - i, a.mean) - a.mean) * rstd[bg];
+            const Floats d = load_some(plane + i, stop - i, a.mean) - a.mean;
             const Floats g =
-                slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
+                g_of<silu, T>(load_some(g_plane + i, stop - i, 0.0f), d, all(a.scale), all(a.bias));
             gs += g;
-            gxs += g * x_hat;
+            gds += g * d;
           }
           sum_g += sum(gs);
-          sum_gx += sum(gxs);
+          sum_gx += sum(gds) * static_cast<double>(rstd[bg]);
         }
         dbias_of[b * C + c] = static_cast<float>(sum_g);
         dweight_of[b * C + c] = static_cast<float>(sum_gx);
@@ -389,26 +411,25 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
         wgx += weight * sum_gx;
       }
       const double n = static_cast<double>(D * HW);
-      const Slopes slopes{static_cast<float>(wg / n), static_cast<float>(wgx / n)};
       for (int64_t c = first; c < first + D; ++c) {
         const Affine a = affine(norm, b, c, C, mean[bg], rstd[bg]);
-        const float weight = read(norm.weight, c);
+        const Gradient to(read(norm.weight, c), rstd[bg], wg / n, wgx / n);
         const T *plane = h.plane(b, c), *g_plane = grad + (b * C + c) * HW;
         T* d_plane = c < h.c1 ? dh + (b * h.c1 + c) * HW : dh2 + (b * (C - h.c1) + c - h.c1) * HW;
         double total = 0.0;
-        for (int64_t block = 0; block < HW; block += kSums) {
-          const int64_t stop = HW - block < kSums ? HW : block + kSums;
+        for (int64_t block = 0; block < HW; block += kStretch) {
+          const int64_t stop = HW - block < kStretch ? HW : block + kStretch;
           Floats sums = {};
           for (int64_t i = block; i < stop; i += kLanes) {
-            const Floats x_hat = (load_some(plane + i, stop - i, a.mean) - a.mean) * rstd[bg];
+            const Floats d = load_some(plane + i, stop - i, a.mean) - a.mean;
             const Floats g =
-                slope_of<silu>(load_some(g_plane + i, stop - i, 0.0f), x_hat, all(weight), all(a.bias));
-            Floats d = (g * weight - slopes.mean_wg - x_hat * slopes.mean_wgx) * rstd[bg];
-            if (grad_s) d += load_some(grad_s + (b * C + c) * HW + i, stop - i, 0.0f);
-            put(d_plane + i, stop - i, d, far);
+                g_of<silu, T>(load_some(g_plane + i, stop - i, 0.0f), d, all(a.scale), all(a.bias));
+            Floats d_h = g * to.scale + (d * to.slope + to.offset);
+            if (grad_s) d_h += load_some(grad_s + (b * C + c) * HW + i, stop - i, 0.0f);
+            put(d_plane + i, stop - i, d_h, far);
             if (stop - i < kLanes)
-              for (int64_t k = stop - i; k < kLanes; ++k) d[k] = 0.0f;
-            sums += d;
+              for (int64_t k = stop - i; k < kLanes; ++k) d_h[k] = 0.0f;
+            sums += d_h;
           }
           total += sum(sums);
         }
@@ -419,6 +440,19 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
   });
 }
 
+// Numbers of N vectors of channels, the last of them cut short where N is 1.
+template <int N>
+struct Channels {
+  Floats v[N];
+
+  SR3FAST_INLINE Channels(const float* p, int64_t left) {
+    for (int u = 0; u < N; ++u) v[u] = load_some(p + u * kLanes, left, 0.0f);
+  }
+  SR3FAST_INLINE void put(float* p, int64_t left) const {
+    for (int u = 0; u < N; ++u) store_some(p + u * kLanes, left, v[u]);
+  }
+};
+
 template <bool silu, class T>
 void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dshift, const T* grad,
                             const T* grad_s, const float* mean, const float* rstd, const Norm& norm, bool far,
@@ -427,15 +461,16 @@ void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, f
   const int64_t B = norm.h.size[0], HW = norm.h.size[2] * norm.h.size[3];
   const int64_t C = norm.h.size[1] + (norm.h2 ? norm.h2.size[1] : 0), D = C / norm.groups;
   const int threads = threads_for(exec.threads, B * C * HW);
-  const Buffer<double> partial(int64_t{threads} * 3 * C);  // [thread][sum g, sum g x_hat, sum dh][C]
+  constexpr int kWide = 2;                                 // vectors of channels side by side
+  const Buffer<double> partial(int64_t{threads} * 3 * C);  // [thread][sum g, sum g d, sum dh][C]
   const int64_t pixels_a_block = kBlock / C > 0 ? kBlock / C : 1;
   parallel_team(threads, [&](int rank, int team, auto&& barrier) {
     const int split = split_of(team, B);
     const int64_t begin = HW * (rank % split) / split, end = HW * (rank % split + 1) / split;
-    const Buffer<float> coefficients(6 * C);
-    float *means = coefficients.at(0), *rstds = coefficients.at(C), *weights = coefficients.at(2 * C),
-          *biases = coefficients.at(3 * C), *mean_wg = coefficients.at(4 * C),
-          *mean_wgx = coefficients.at(5 * C);
+    const Buffer<float> coefficients(5 * C);
+    float *means = coefficients.at(0), *scales = coefficients.at(C), *biases = coefficients.at(2 * C),
+          *slopes = coefficients.at(3 * C), *offsets = coefficients.at(4 * C);
+    const Buffer<float> recent(2 * C);
     const auto theirs = [&](int r) { return partial.at(int64_t{split == 1 ? rank : r} * 3 * C); };
     for (int64_t b = split == 1 ? rank : 0; b < B; b += split == 1 ? team : 1) {
       double* mine = partial.at(int64_t{rank} * 3 * C);
@@ -444,78 +479,98 @@ void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, f
         const int64_t bg = b * norm.groups + c / D;
         const Affine a = affine(norm, b, c, C, mean[bg], rstd[bg]);
         means[c] = a.mean;
-        rstds[c] = rstd[bg];
-        weights[c] = read(norm.weight, c);
+        scales[c] = a.scale;
         biases[c] = a.bias;
       }
-      // f(side, vector of channels c0, pixels i ..): both passes walk the same way
-      const auto walk = [&](bool backwards, auto&& f) {
+      // f(size, side, c, i, pixels): `size` vectors of channels from c on, of the pixels from i on; both
+      // passes walk the same way. It adds to `recent`, which go to `sums` before they are too many for a
+      // float32.
+      const auto walk = [&](bool backwards, int64_t kinds, double* sums, auto&& f) {
         const int64_t blocks = (end - begin + pixels_a_block - 1) / pixels_a_block;
+        int64_t summed = 0;
         for (int64_t j = 0; j < blocks; ++j) {
           const int64_t i = begin + (backwards ? blocks - 1 - j : j) * pixels_a_block;
           const int64_t pixels = end - i < pixels_a_block ? end - i : pixels_a_block;
-          for (int k = 0; k < sides.count; ++k)
-            for (int64_t c = 0; c < sides.side[k].channels; c += kLanes) f(k, c, i, pixels);
+          for (int k = 0; k < sides.count; ++k) {
+            int64_t c = 0;
+            for (; c + kWide * kLanes <= sides.side[k].channels; c += kWide * kLanes)
+              f(std::integral_constant<int, kWide>(), k, c, i, pixels);
+            for (; c < sides.side[k].channels; c += kLanes)
+              f(std::integral_constant<int, 1>(), k, c, i, pixels);
+          }
+          summed += pixels;
+          if (summed < kSummed && j < blocks - 1) continue;
+          for (int64_t c = 0; c < kinds * C; ++c) {
+            sums[c] += recent[c];
+            recent[c] = 0.0f;
+          }
+          summed = 0;
         }
       };
-      walk(false, [&](int k, int64_t c, int64_t i, int64_t pixels) {
+      walk(false, 2, mine, [&](auto size, int k, int64_t c, int64_t i, int64_t pixels) SR3FAST_INLINE_LAMBDA {
+        constexpr int N = size;
         const Side<T>& side = sides.side[k];
-        const int64_t left = side.channels - c, all_c = side.first + c;
-        const Floats m = load_some(means + all_c, left, 0.0f), r = load_some(rstds + all_c, left, 0.0f),
-                     w = load_some(weights + all_c, left, 0.0f), bias = load_some(biases + all_c, left, 0.0f);
-        Floats gs = {}, gxs = {};
-        for (int64_t p = b * HW + i; p < b * HW + i + pixels; ++p) {
-          const Floats x_hat = (load_some(side.data + p * side.channels + c, left, 0.0f) - m) * r;
-          const Floats g = slope_of<silu>(load_some(grad + p * C + all_c, left, 0.0f), x_hat, w, bias);
-          gs += g;
-          gxs += g * x_hat;
-        }
-        for (int l = 0; l < kLanes && l < left; ++l) {
-          mine[all_c + l] += gs[l];
-          mine[C + all_c + l] += gxs[l];
-        }
+        const int64_t left = N > 1 ? N * kLanes : side.channels - c, all_c = side.first + c;
+        const Channels<N> mean(means + all_c, left), scale(scales + all_c, left), bias(biases + all_c, left);
+        Channels<N> gs(&recent[all_c], left), gds(&recent[C + all_c], left);
+        for (int64_t p = b * HW + i; p < b * HW + i + pixels; ++p)
+          for (int u = 0; u < N; ++u) {
+            const int64_t at = c + u * kLanes, all_at = all_c + u * kLanes;
+            const Floats d = load_some(side.data + p * side.channels + at, left, 0.0f) - mean.v[u];
+            const Floats g =
+                g_of<silu, T>(load_some(grad + p * C + all_at, left, 0.0f), d, scale.v[u], bias.v[u]);
+            gs.v[u] += g;
+            gds.v[u] += g * d;
+          }
+        gs.put(&recent[all_c], left);
+        gds.put(&recent[C + all_c], left);
       });
       if (split > 1) barrier();
       for (int64_t g = 0; g < norm.groups; ++g) {
+        const float group_rstd = rstd[b * norm.groups + g];
         double wg = 0.0, wgx = 0.0;
         for (int64_t c = g * D; c < (g + 1) * D; ++c) {
           double sum_g = 0.0, sum_gx = 0.0;
           for (int r = 0; r < split; ++r) {
             sum_g += theirs(r)[c];
-            sum_gx += theirs(r)[C + c];
+            sum_gx += theirs(r)[C + c] * group_rstd;
           }
           if (rank % split == 0) {
             dbias_of[b * C + c] = static_cast<float>(sum_g);
             dweight_of[b * C + c] = static_cast<float>(sum_gx);
           }
-          wg += weights[c] * sum_g;
-          wgx += weights[c] * sum_gx;
+          wg += read(norm.weight, c) * sum_g;
+          wgx += read(norm.weight, c) * sum_gx;
         }
         const double n = static_cast<double>(D * HW);
         for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-          mean_wg[c] = static_cast<float>(wg / n);
-          mean_wgx[c] = static_cast<float>(wgx / n);
+          const Gradient to(read(norm.weight, c), group_rstd, wg / n, wgx / n);
+          slopes[c] = to.slope;
+          offsets[c] = to.offset;
         }
       }
-      walk(true, [&](int k, int64_t c, int64_t i, int64_t pixels) {
-        const Side<T>& side = sides.side[k];
-        const int64_t left = side.channels - c, all_c = side.first + c;
-        const Floats m = load_some(means + all_c, left, 0.0f), r = load_some(rstds + all_c, left, 0.0f),
-                     w = load_some(weights + all_c, left, 0.0f), bias = load_some(biases + all_c, left, 0.0f),
-                     wg = load_some(mean_wg + all_c, left, 0.0f),
-                     wgx = load_some(mean_wgx + all_c, left, 0.0f);
-        T* d_side = k == 0 ? dh : dh2;
-        Floats sums = {};
-        for (int64_t p = b * HW + i; p < b * HW + i + pixels; ++p) {
-          const Floats x_hat = (load_some(side.data + p * side.channels + c, left, 0.0f) - m) * r;
-          const Floats g = slope_of<silu>(load_some(grad + p * C + all_c, left, 0.0f), x_hat, w, bias);
-          Floats d = (g * w - wg - x_hat * wgx) * r;
-          if (grad_s) d += load_some(grad_s + p * C + all_c, left, 0.0f);
-          put(d_side + p * side.channels + c, left, d, far);
-          sums += d;
-        }
-        for (int l = 0; l < kLanes && l < left; ++l) mine[2 * C + all_c + l] += sums[l];
-      });
+      walk(true, 1, mine + 2 * C,
+           [&](auto size, int k, int64_t c, int64_t i, int64_t pixels) SR3FAST_INLINE_LAMBDA {
+             constexpr int N = size;
+             const Side<T>& side = sides.side[k];
+             const int64_t left = N > 1 ? N * kLanes : side.channels - c, all_c = side.first + c;
+             const Channels<N> mean(means + all_c, left), scale(scales + all_c, left),
+                 bias(biases + all_c, left), slope(slopes + all_c, left), offset(offsets + all_c, left);
+             T* d_side = k == 0 ? dh : dh2;
+             Channels<N> sums(&recent[all_c], left);
+             for (int64_t p = b * HW + i; p < b * HW + i + pixels; ++p)
+               for (int u = 0; u < N; ++u) {
+                 const int64_t at = p * side.channels + c + u * kLanes, all_at = p * C + all_c + u * kLanes;
+                 const Floats d = load_some(side.data + at, left, 0.0f) - mean.v[u];
+                 const Floats g =
+                     g_of<silu, T>(load_some(grad + all_at, left, 0.0f), d, scale.v[u], bias.v[u]);
+                 Floats d_h = g * scale.v[u] + (d * slope.v[u] + offset.v[u]);
+                 if (grad_s) d_h += load_some(grad_s + all_at, left, 0.0f);
+                 put(d_side + at, left, d_h, far);
+                 sums.v[u] += d_h;
+               }
+             sums.put(&recent[all_c], left);
+           });
       if (split > 1) barrier();
       if (dshift && rank % split == 0)
         for (int64_t c = 0; c < C; ++c) {

@@ -246,12 +246,23 @@ SR3FAST_INLINE Floats load(const float* p) {
 SR3FAST_INLINE Floats load(const bf16* p) {
   Words16 half;
   std::memcpy(&half, p, sizeof half);
-  return reinterpret_cast<Floats>(__builtin_convertvector(half, Words32) << 16);
+#if defined(__AVX512F__)
+  const auto words = (Words32)_mm512_cvtepu16_epi32((__m256i)half);
+#else
+  const auto words = __builtin_convertvector(half, Words32);
+#endif
+  return reinterpret_cast<Floats>(words << 16);
 }
 SR3FAST_INLINE Floats load(const f16* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   Floats v;
   for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
   return v;
+#endif
 }
 
 SR3FAST_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
@@ -259,14 +270,27 @@ SR3FAST_INLINE Words16 to_bf16(Floats v) {
   const Words32 bits = reinterpret_cast<Words32>(v);
   const Words32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words32 kept = v == v ? rounded : Words32{} + 0x7fc0u;
+#if defined(__AVX512F__)
+  return (Words16)_mm512_cvtepi32_epi16((__m512i)kept);
+#elif defined(__AVX2__)
+  const __m256i both = _mm256_packus_epi32((__m256i)kept, (__m256i)kept);  // a half's low words, twice
+  return (Words16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0x08));
+#else
   return __builtin_convertvector(kept, Words16);
+#endif
 }
 SR3FAST_INLINE void store(bf16* p, Floats v) {
   const Words16 half = to_bf16(v);
   std::memcpy(p, &half, sizeof half);
 }
 SR3FAST_INLINE void store(f16* p, Floats v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<f16>(v[i]);
+#endif
 }
 
 // The last, short vector of a stretch: n elements, the rest is padding.
@@ -329,10 +353,14 @@ SR3FAST_INLINE float sum(Floats v) {
   return lanes[0];
 }
 
-// exp(-x) = 2^n 2^r, within 2 ulp: n the nearest integer, 2^r by a polynomial on [-1/2, 1/2].
+// exp(-x) = 2^n 2^r, within 2 ulp, or for results of 16 bits within 2^-13: n the nearest integer, 2^r by a
+// polynomial on [-1/2, 1/2].
+template <class Result>
 SR3FAST_INLINE Floats exp_minus(Floats x) {
   constexpr float kLog2E = 1.44269504f;
   const auto exp2 = [](Floats r) {
+    if (sizeof(Result) == 2)
+      return ((5.517167e-2f * r + 2.4261111e-1f) * r + 6.9326099e-1f) * r + 9.9992807e-1f;
     Floats p = all(1.3264727e-3f);
     p = p * r + 9.6715130e-3f;
     p = p * r + 5.5507336e-2f;
@@ -354,8 +382,14 @@ SR3FAST_INLINE Floats exp_minus(Floats x) {
 #endif
 }
 
-SR3FAST_INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp_minus(x)); }
-SR3FAST_INLINE Floats silu(Floats x) { return x / (1.0f + exp_minus(x)); }
+template <class Result>
+SR3FAST_INLINE Floats sigmoid(Floats x) {
+  return 1.0f / (1.0f + exp_minus<Result>(x));
+}
+template <class Result>
+SR3FAST_INLINE Floats silu(Floats x) {
+  return x / (1.0f + exp_minus<Result>(x));
+}
 
 // A parameter vector element of any dtype.
 SR3FAST_INLINE float read(const Vector& v, int64_t i) {
