@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,13 @@ class Upscale(Weights):
     trace: Literal["png", "gif", "webp"] | None = None
     """Also save the way from noise to picture, NAME-trace: a strip of y_t (png) or an animation."""
 
+    def written(self, result: Path) -> list[Path]:
+        """The files of one picture; the last is written last: where it is, all are."""
+        trace = [] if self.trace is None else [_beside(result, "trace").with_suffix(f".{self.trace}")]
+        if self.samples == 1:
+            return [*trace, result]
+        return trace + [_beside(result, word) for word in (*map(str, range(1, self.samples + 1)), "std", "mean")]
+
 
 def upscale(options: Upscale) -> int:
     from tqdm import tqdm
@@ -118,14 +126,16 @@ def upscale(options: Upscale) -> int:
     if options.samples < 1:
         raise ValueError(f"--samples must be at least 1: got {options.samples}")
     upscaler = options.open()
-    jobs = plan(options.inputs, options.out, f"-x{upscaler.scale:g}")
-    for result in {result.parent: result for _, result in reversed(jobs)}.values():  # the first of each folder
-        with _naming(result):
-            check_writable(result)
+    jobs = plan(options.inputs, options.out, f"-x{upscaler.scale:g}", options.written)
+    for _, result in jobs:
+        last = options.written(result)[-1]
+        if options.overwrite or not last.exists():
+            with _writing(last):
+                check_writable(last)
     failed = 0
     with tqdm(jobs, desc="pictures", unit="picture", disable=len(jobs) < 2) as bar:
         for source, result in bar:
-            last = result if options.samples == 1 else _beside(result, "mean")
+            last = options.written(result)[-1]
             if last.exists() and not options.overwrite:
                 tqdm.write(f"{last} is there already (--overwrite makes it again)")
                 continue
@@ -139,7 +149,7 @@ def upscale(options: Upscale) -> int:
 
 
 def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -> None:
-    """One picture; `result`, or the mean of samples, is written last: where it is, all is."""
+    """One picture, into options.written(result) in that order."""
     from . import image
     from .upscaling import Spread, Trace
 
@@ -151,16 +161,16 @@ def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -
         trace = Trace(frames=8 if options.trace == "png" else 40)
     samples = options.samples if options.samples > 1 else None
     drawn = upscaler(photo, options.seed, samples=samples, trace=trace, progress=True)
-    with _naming(result):
+    files = options.written(result)
+    with _writing(result):
         if trace is not None:
-            trace.save(_beside(result, "trace").with_suffix(f".{options.trace}"))
+            trace.save(files.pop(0))
         if not isinstance(drawn, Spread):
             return image.write(drawn, result)
-        for i, one in enumerate(drawn.pictures, 1):
-            image.write(one, _beside(result, str(i)))
         std = drawn.std.mean(0, keepdim=True)
-        image.write(image.to_picture(std / std.max().clamp(min=1e-6) * 2 - 1), _beside(result, "std"))
-        image.write(drawn.mean, _beside(result, "mean"))
+        std_picture = image.to_picture(std / std.max().clamp(min=1e-6) * 2 - 1)
+        for picture, file in zip((*drawn.pictures, std_picture, drawn.mean), files, strict=True):
+            image.write(picture, file)
 
 
 def _read(path: Path) -> Photo:
@@ -169,44 +179,84 @@ def _read(path: Path) -> Photo:
     try:
         return image.Photo.read(path)
     except OSError as error:
-        raise image.ImageError(f"{path}: cannot be read: {error.strerror or _line(error)}") from error
+        raise image.ImageError(f"cannot be read: {error.strerror or _line(error)}", path) from error
 
 
-def plan(inputs: Sequence[str], out: Path | None, suffix: str) -> list[tuple[Path, Path]]:
-    """(source, result) for files, folders and patterns; results of an earlier run are no sources of this one.
+def plan(
+    inputs: Sequence[str],
+    out: Path | None,
+    suffix: str,
+    written: Callable[[Path], list[Path]] = lambda result: [result],
+) -> list[tuple[Path, Path]]:
+    """(source, result) for files, folders and patterns; written(result) are the files that a result comes with.
 
-    Raises ValueError where there is nothing, where `out` is a file for several pictures or of no format, and
-    where two pictures would have one result.
+    What an earlier run made is no source of this one. Raises ValueError where there is nothing, where `out` is a
+    file for several pictures or of no format, and where a file would be written over a source or another result.
     """
-    from .evaluation import pictures, stems
+    from .evaluation import stems
 
-    if not inputs:
-        raise ValueError("nothing to enlarge: give files, folders or patterns")
     to_file = out is not None and _is_file(out)
-    jobs: dict[Path, Path] = {}
+    folders, files, asked = _sources(inputs, out, suffix)
+
+    def named(p: Path, name: str | Path) -> Path:
+        return (out or p.parent) / f"{name}{'' if out else suffix}.png"
+
+    makers: dict[Path, set[Path]] = defaultdict(set)
+    for source, result in (folders | {p: named(p, p.stem) for p in files}).items():
+        for file in written(result):
+            makers[_place(file)].add(source)
+    earlier = {p for p in (*folders, *files) if makers[_place(p)] - {p} and (out is None or p not in asked)}
+
+    files = [p for p in files if p not in earlier]
+    names = stems([(out or p.parent) / p.name for p in files])
+    jobs = {source: result for source, result in folders.items() if source not in earlier}
+    jobs |= {p: named(p, name.name) for p, name in zip(files, names, strict=True)}
+    if not jobs:
+        raise ValueError(f"nothing to enlarge: {' '.join(inputs)} has no pictures")
+    if out is not None and to_file:
+        if len(jobs) != 1:
+            raise ValueError(f"--out {out} is one file for {len(jobs)} pictures: give a folder")
+        jobs = dict.fromkeys(jobs, out)
+    owner = {_place(source): source for source in jobs}
+    for source, result in jobs.items():
+        for file in written(result):
+            other = owner.setdefault(_place(file), source)
+            if other != source or _place(file) == _place(source):
+                raise ValueError(
+                    f"{file} would be written for {source}, but is {other} or made of it: run them apart, or give "
+                    "another --out"
+                )
+    return list(jobs.items())
+
+
+def _sources(inputs: Sequence[str], out: Path | None, suffix: str) -> tuple[dict[Path, Path], list[Path], set[Path]]:
+    """Of folders, pictures and results; files, each once; and which of these were asked for by their names."""
+    from .evaluation import pictures
+
+    if not inputs or "" in inputs:
+        raise ValueError("nothing to enlarge: give files, folders or patterns")
+    folders: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}  # by their places
+    asked: set[Path] = set()
     for name in inputs:
         path = Path(name)
         if path.is_dir():
             folder = out or path.resolve().with_name(path.resolve().name + suffix)
-            jobs |= {source: folder / f"{short}.png" for short, source in pictures(path).items()}
-            continue
-        files = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
-        if not files:
+            folders |= {source: folder / f"{short}.png" for short, source in pictures(path).items()}
+        elif path.exists():
+            asked.add(files.setdefault(_place(path), path))
+        elif met := [Path(p) for p in sorted(glob.glob(name, recursive=True))]:
+            for p in met:
+                if p.is_file():
+                    files.setdefault(_place(p), p)
+        else:
             raise ValueError(f"{name}: no such file or folder")
-        files = [p for p in files if p.is_file()]
-        results = stems([(out or p.parent) / p.name for p in files])
-        jobs |= {p: Path(f"{result}{'' if out else suffix}.png") for p, result in zip(files, results, strict=True)}
-    made = set(jobs.values())
-    jobs = {source: result for source, result in jobs.items() if source not in made}
-    if out is not None and to_file:
-        if len(jobs) != 1:
-            raise ValueError(f"--out {out} is one file for {len(jobs)} pictures: give a folder")
-        jobs = {source: out for source in jobs}
-    first: dict[Path, Path] = {}
-    for source, result in jobs.items():
-        if not source.samefile(first.setdefault(result, source)):
-            raise ValueError(f"{first[result]} and {source} would both become {result}: give them an --out each")
-    return list(jobs.items())
+    return folders, list(files.values()), asked
+
+
+def _place(path: Path) -> Path:
+    """One for all ways to write it; a link is a file of its own."""
+    return path.parent.resolve() / path.name
 
 
 def _is_file(out: Path) -> bool:
@@ -236,7 +286,8 @@ class Evaluate(Weights):
 
     Without --source the sources are made from the truth, by bicubic. With --result finished pictures are
     measured, whoever made them, and no network runs. Pictures of two folders belong together by their names.
-    A picture that cannot be measured is reported and passed over, and the exit code at the end is 2.
+    A picture that cannot be measured, or has no partner, is reported and passed over, and the exit code at the
+    end is 2.
     """
 
     truth: Path
@@ -258,7 +309,7 @@ def evaluate(options: Evaluate) -> int:
     from .image import atomic, check_writable
 
     if options.json is not None:
-        with _naming(options.json):
+        with _writing(options.json):
             check_writable(options.json)
     upscaler = options.open() if options.result is None or options.bits is not None else None
     found = evaluate(
@@ -277,7 +328,7 @@ def evaluate(options: Evaluate) -> int:
     for path, error in found.failed.items():
         print(_complaint(error, path), file=sys.stderr)
     if options.json is not None:
-        with _naming(options.json), atomic(options.json) as temporary:
+        with _writing(options.json), atomic(options.json) as temporary:
             temporary.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
     return _failures(len(found.failed), len(found.failed) + len(found.scores), "measured")
 
@@ -394,7 +445,7 @@ def _failures(failed: int, total: int, done: str) -> int:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     """What cannot be written is told under the user's name for it, not a temporary one."""
     try:
         yield
@@ -433,7 +484,7 @@ def _complaint(error: BaseException, source: Path | None = None) -> str:
     text = _line(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    if source is not None and str(source) not in text:
+    if source is not None and getattr(error, "path", None) is None and str(source) not in text.split(": ")[0]:
         text = f"{source}: {text}"
     return f"sr3fast: {text}"
 

@@ -53,7 +53,7 @@ class Form:
     padded_channels   CUDA: input and output channels are a multiple of 8, for the tensor cores
     tuned             CUDA: by Triton, a bias and a residual in one pass, attention of few positions (half precision)
                       and, in a captured step, convolutions of few positions where that is faster (bfloat16); where
-                      torch is asked to be deterministic, nothing is chosen by its time
+                      torch is asked to be deterministic when a step is captured, nothing is chosen by its time
     """
 
     channels_last: bool = True
@@ -259,7 +259,7 @@ _choosing: ContextVar[bool] = ContextVar("sr3fast_choosing", default=False)
 
 
 def _asked_to_be_deterministic() -> bool:
-    """Then nothing is chosen by its time, which differs from process to process."""
+    """Whether nothing may be chosen by its time, which differs from process to process."""
     return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
@@ -1044,8 +1044,9 @@ class Engine:
             current, (_, stream, pool) = torch.cuda.current_stream(device), self._captures
             graph = torch.cuda.CUDAGraph()
             gc.disable()  # a collected kernel would unload its module in the middle of the capture
-            choosing = _choosing.set(not _asked_to_be_deterministic())
-            torch.backends.cudnn.benchmark = _choosing.get()  # the choice is made in the runs before the capture
+            by_time = not _asked_to_be_deterministic()  # the choice is made in the runs before the capture
+            choosing = _choosing.set(by_time)
+            torch.backends.cudnn.benchmark = by_time
             try:
                 stream.wait_stream(current)
                 with torch.cuda.stream(stream):

@@ -7,8 +7,9 @@ print(evaluate("truth", result="finished"))            measure what anyone made
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,23 +124,23 @@ def evaluate(
         _check_bits(upscaler, bits)
     scale = scale if upscaler is None else upscaler.scale
     truths = pictures(truth)
-    truths = dict(list(truths.items())[:limit])
     sources = _partners(truths, source)
     results = _partners(truths, result)
     scores: dict[str, dict[str, Scores]] = {}
     failed: dict[Path, Exception] = {}
     bounds = []
-    bar = tqdm(truths.items(), desc="pictures", unit="picture", disable=not progress or len(truths) < 2)
+    measured = dict(islice(truths.items(), limit))
+    bar = tqdm(measured.items(), desc="pictures", unit="picture", disable=not progress or len(measured) < 2)
     for name, path in bar:
         try:
             whole = _color(path)
-            high, low = _pair(path, whole, sources(name), scale)
-            finished = results(name)
-            if finished is None:
+            low_path = None if source is None else _partner(name, path, sources, source)
+            high, low = _pair(path, whole, low_path, scale)
+            if result is None:
                 assert upscaler is not None
                 made = _upscaled(upscaler, low, seed)
             else:
-                made = _finished(finished, whole.size, high.size)
+                made = _finished(_partner(name, path, results, result), whole.size, high.size)
             row = {BICUBIC: _scores(low.resized(high.size), high, low), RESULT: _scores(made, high, low)}
             if bits is not None:
                 assert upscaler is not None
@@ -179,22 +180,22 @@ def stems(paths: Sequence[Path]) -> Iterator[Path]:
         yield name if count[name] == 1 else path
 
 
-def _partners(truths: dict[str, Path], path: str | Path | None) -> Callable[[str], Path | None]:
-    """The partner of a truth, by its name: None where none was given, ImageError where its own is missing."""
+def _partners(truths: dict[str, Path], path: str | Path | None) -> dict[str, Path]:
+    """The pictures of `path` by their names; of one truth the partner is the one file, whatever its name."""
     if path is None:
-        return lambda name: None
-    partners = pictures(path)
+        return {}
     if Path(path).is_file() and len(truths) == 1:
-        partners = dict.fromkeys(truths, Path(path))
+        return dict.fromkeys(truths, Path(path))
+    partners = pictures(path)
     if not truths.keys() & partners.keys():
         raise ValueError(f"{path}: no picture here has the name of a truth, such as {next(iter(truths))}")
+    return partners
 
-    def partner(name: str) -> Path:
-        if name not in partners:
-            raise ImageError(f"{truths[name]}: no picture of that name in {path}")
-        return partners[name]
 
-    return partner
+def _partner(name: str, truth: Path, partners: dict[str, Path], place: str | Path) -> Path:
+    if name not in partners:
+        raise ImageError(f"no picture named {name} in {place}", truth)
+    return partners[name]
 
 
 def _color(path: Path) -> Photo:
@@ -206,14 +207,15 @@ def _pair(path: Path, high: Photo, source: Path | None, scale: float) -> tuple[P
     if source is None:
         small = (int(high.size[0] / scale), int(high.size[1] / scale))
         if min(small) < 2:
-            raise ImageError(f"{path}: {_by(high.size)} is too small to be a truth")
+            raise ImageError(f"{_by(high.size)} is too small to be a truth", path)
         high = _cut(high, (round(small[0] * scale), round(small[1] * scale)))
-        return high, high.resized(small)
+        low = high.resized(small)
+        return high, Photo.of(low.with_color(low.tensor()))  # as a file would hold it: bicubic overshoots
     low = _color(source)
     size = (round(low.size[0] * scale), round(low.size[1] * scale))
     if any(not 0 <= have - need < scale for have, need in zip(high.size, size, strict=True)):
         raise ImageError(
-            f"{source}: {_by(low.size)}, {scale:g} times larger, is not the size of {path}, {_by(high.size)}"
+            f"{_by(low.size)}, {scale:g} times larger, is not the size of {path}, {_by(high.size)}", source
         )
     return _cut(high, size), low
 
@@ -223,7 +225,7 @@ def _finished(path: Path, whole: tuple[int, int], size: tuple[int, int]) -> Phot
     made = _color(path)
     if made.size not in (whole, size):
         cut = "" if whole == size else f", cut to {_by(size)}"
-        raise ImageError(f"{path}: a result must have the truth's size, {_by(whole)}{cut}: got {_by(made.size)}")
+        raise ImageError(f"a result must have the truth's size, {_by(whole)}{cut}: got {_by(made.size)}", path)
     return _cut(made, size)
 
 

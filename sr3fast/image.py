@@ -30,7 +30,14 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Typ
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. The message is one line, names the file, and says what to do."""
+    """A picture that cannot be used. The message is one line, names the file where there is one, and says what to do.
+
+    path: the file, or None.
+    """
+
+    def __init__(self, rule: str, path: str | os.PathLike | None = None):
+        super().__init__(rule if path is None else f"{os.fspath(path)}: {rule}")
+        self.path = path
 
 
 # Files
@@ -42,9 +49,9 @@ def naming(picture: object) -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        if not isinstance(picture, str | os.PathLike) or os.fspath(picture) in str(error):
+        if error.path is not None or not isinstance(picture, str | os.PathLike):
             raise
-        raise ImageError(f"{os.fspath(picture)}: {error}") from error
+        raise ImageError(str(error), picture) from error
 
 
 def read(path: str | Path) -> Image.Image:
@@ -53,34 +60,34 @@ def read(path: str | Path) -> Image.Image:
     Of an animation, the first frame. Raises ImageError for what is not an image, is empty, is cut short, or
     has more than MAX_PIXELS pixels (nothing is decoded then), and OSError where the file cannot be opened.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, naming(path):
         if not file.read(1):
-            raise ImageError(f"{path}: the file is empty (0 bytes): remove it or copy it again")
+            raise ImageError("the file is empty (0 bytes): remove it or copy it again")
         file.seek(0)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size is stricter
                 picture = Image.open(file)
         except Image.DecompressionBombError as error:
-            raise ImageError(f"{path}: {error} Cut it into parts first") from error
+            raise ImageError(f"{error} Cut it into parts first") from error
         except UnidentifiedImageError as error:
-            raise ImageError(f"{path}: not an image that Pillow can read: convert it to PNG or JPEG") from error
+            raise ImageError("not an image that Pillow can read: convert it to PNG or JPEG") from error
         except _BROKEN as error:
-            raise ImageError(f"{path}: a broken image ({_line(error)}): copy it again or convert it") from error
-        check_size(picture.size, str(path))
+            raise ImageError(f"a broken image ({_line(error)}): copy it again or convert it") from error
+        check_size(picture.size)
         try:
             picture.load()
             return ImageOps.exif_transpose(picture)
         except _BROKEN as error:
-            raise ImageError(f"{path}: cut short or broken ({_line(error)}): copy it again") from error
+            raise ImageError(f"cut short or broken ({_line(error)}): copy it again") from error
 
 
-def check_size(size: tuple[int, int], name: str) -> None:
+def check_size(size: tuple[int, int], name: str = "") -> None:
     """Raise ImageError where a picture of (width, height) has more than MAX_PIXELS pixels."""
     width, height = size
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"{name}: {width} x {height} is {width * height / 1e6:.0f} million pixels, at most "
+            f"{name}{width} x {height} is {width * height / 1e6:.0f} million pixels, at most "
             f"{MAX_PIXELS / 1e6:.0f} million are taken: cut it into parts first"
         )
 
@@ -91,7 +98,7 @@ def check_format(path: str | Path, mode: str) -> None:
     try:
         Image.new(mode, (1, 1)).save(io.BytesIO(), format=name)
     except (OSError, KeyError, ValueError) as error:
-        raise ImageError(f"{path}: {name} cannot hold a picture of mode {mode}: save it as .png") from error
+        raise ImageError(f"{name} cannot hold a picture of mode {mode}: save it as .png", path) from error
 
 
 def write(picture: Image.Image, path: str | Path, **options: object) -> None:
@@ -108,9 +115,11 @@ def write(picture: Image.Image, path: str | Path, **options: object) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise OSError where no file of that name could be written; nothing is made."""
+    """Raise OSError where no file of that name could be written; nothing is left behind."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     folder = Path(path).absolute().parent
-    while not folder.exists():
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -137,7 +146,7 @@ def _format(path: str | Path) -> str:
     suffix = Path(path).suffix.lower()
     name = Image.registered_extensions().get(suffix)
     if name is None or name not in Image.SAVE:
-        raise ImageError(f"{path}: {suffix or 'no suffix'} names no image format to write: use .png")
+        raise ImageError(f"{suffix or 'no suffix'} names no image format to write: use .png", path)
     return name
 
 

@@ -199,7 +199,7 @@ class Upscaler:
         if min(size) < 2:
             raise image.ImageError(f"a picture needs at least 2 x 2 pixels: got {size[0]} x {size[1]}")
         large = (round(size[0] * self.scale), round(size[1] * self.scale))
-        image.check_size(large, f"the result, {self.scale:g} times {size[0]} x {size[1]}")
+        image.check_size(large, f"the result, {self.scale:g} times {size[0]} x {size[1]}: ")
         return large
 
 
@@ -216,9 +216,10 @@ def _photo(picture: Picture) -> image.Photo:
         got = f"{picture.dtype} {list(picture.shape)}"
     elif hasattr(picture, "read"):
         try:
-            return image.Photo.of(ImageOps.exif_transpose(Image.open(picture)))
+            opened = ImageOps.exif_transpose(Image.open(picture))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise image.ImageError(f"not an image that Pillow can read: {error}") from error
+        return image.Photo.of(opened)
     else:
         got = type(picture).__name__
     raise TypeError(

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from sr3fast import image, metrics, weights
-from sr3fast.__main__ import main, plan
+from sr3fast.__main__ import Upscale, main, plan
 from sr3fast.compat import janspiry
 from sr3fast.schedule import Schedule
 from sr3fast.training import variational_bound
@@ -154,12 +154,49 @@ def test_plan(here):
     with pytest.raises(ValueError, match="nothing to enlarge"):
         plan([], None, "-x4")
     picture("in2/a.jpg")
-    with pytest.raises(ValueError, match=r"in/a\.jpg and in2/a\.jpg would both become out/a\.png: give them an --out"):
-        plan(["in/a.jpg", "in2/a.jpg"], Path("out"), "-x4")
-    with pytest.raises(ValueError, match=r"b/a\.png and in/a\.png would both become out/a\.png"):
-        picture("b/a.png")
-        plan(["b", "in/a.png"], Path("out"), "-x4")
-    assert len(plan(["b/a.png", here / "b/a.png"], Path("out"), "-x4")) == 2  # one file by two names
+    with pytest.raises(ValueError, match="nothing to enlarge"):
+        plan([""], None, "-x4")
+
+
+def test_plan_writes_no_file_over_another(here):
+    for name in ("in/a.jpg", "in/a.png", "in2/a.jpg", "in3/b.png", "a.png", "a-trace.png"):
+        picture(name)
+
+    def over(*inputs, out=None, **options):
+        options = Upscale(inputs=inputs, **options)
+        with pytest.raises(ValueError, match=r"would be written for .*: run them apart, or give another --out"):
+            plan(inputs, out and Path(out), "-x4", options.written)
+
+    over("in/a.jpg", "in2/a.jpg", out="out")
+    over("in2", "in2/../in/a.jpg", out="out")
+    over("in/a.png", "a.png", out=".")  # a.png is a source
+    over("a.png", out=".")
+    over("a.png", out="a.png")
+    over("in2", "in3", out="in3")
+    over("a.png", "a-trace.png", out="out", trace="png")
+    assert plan(["in/a.jpg", str(here / "in/a.jpg")], Path("out"), "-x4") == [(Path("in/a.jpg"), Path("out/a.png"))]
+    expected = [(Path("in/a.jpg"), Path("out/a.jpg.png")), (Path("in/a.png"), Path("out/a.png.png"))]
+    assert plan(["in/a.jpg", "in/a.png"], Path("out"), "-x4") == expected  # as a pattern, or the shell's
+    assert plan(["in/*"], Path("out"), "-x4") == expected
+    os.symlink("a.png", "link.png")
+    assert len(plan(["*.png"], None, "-x4")) == 3
+
+
+def test_what_an_earlier_run_made_is_no_source(here):
+    for name in ("a.png", "a-x4.png", "a-x4-1.png", "out/a.png"):
+        picture(name)
+    options = Upscale(inputs=(), samples=2)
+    a = (Path("a.png"), Path("a-x4.png"))
+    assert plan(["a.png", "a-x4.png"], None, "-x4") == [a]
+    picture("a-x4-mean.png")
+    Path("a-x4.png").unlink()
+    assert plan(["*.png"], None, "-x4", options.written) == [a]
+    assert plan(["**/*.png"], Path("out"), "-x4")[0] == (Path("a-x4-1.png"), Path("out/a-x4-1.png"))
+    with pytest.raises(ValueError, match=r"out/a\.png would be written for out/a\.png"):
+        plan(["out/*.png"], Path("out"), "-x4")
+    Path("empty/folder").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"nothing to enlarge: empty/\* has no pictures"):
+        plan(["empty/*"], None, "-x4")
 
 
 def test_a_broken_file_is_passed_over(here, folder, capsys):
@@ -251,7 +288,7 @@ def test_evaluate_passes_over_what_is_broken(here, folder, capsys):
     output = capsys.readouterr()
     assert [line.split()[:2] for line in output.out.splitlines()[1:]] == [["a", "bicubic"], ["a", "result"]]
     assert [line for line in output.err.splitlines() if line.startswith("sr3fast: ")] == [
-        "sr3fast: hr/b.png: sr/b.png: a result must have the truth's size, 48 x 32: got 192 x 128",
+        "sr3fast: sr/b.png: a result must have the truth's size, 48 x 32: got 192 x 128",
         "sr3fast: hr/c.png: not an image that Pillow can read: convert it to PNG or JPEG",
         "sr3fast: 2 of 3 pictures could not be measured",
     ]
@@ -475,6 +512,27 @@ def test_a_place_that_cannot_be_written_is_found_before_any_step(here, folder, c
     )
     assert run(folder, "photo.png", "--json", "photo.png/x.json", command="evaluate") == 2
     assert capsys.readouterr().err == "sr3fast: photo.png/x.json: Not a directory\n"
+    Path("folder").mkdir()
+    assert run(folder, "photo.png", "--json", "folder", command="evaluate") == 2
+    assert capsys.readouterr().err == "sr3fast: folder: Is a directory\n"
+    Path("broken").symlink_to("nowhere")
+    refused(here, folder, capsys, "photo.png", "--out", "broken", match="sr3fast: broken/photo.png: No such file")
+
+
+def test_a_finished_run_writes_nothing(here, folder, monkeypatch, capsys):
+    picture("photo.png")
+    assert run(folder, "photo.png") == 0
+    monkeypatch.setattr(image, "check_writable", None)  # of a folder that cannot be written
+    assert run(folder, "photo.png") == 0
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_a_short_name_is_told_too(here, folder, capsys):
+    Image.new("F", (8, 8)).save("m.tiff")
+    Path("m.tiff").rename("m")  # as in "a picture of mode F"
+    refused(here, folder, capsys, "m", match="sr3fast: m: a picture of mode F has no fixed range")
+    assert run(folder, "m", command="evaluate") == 2
+    assert capsys.readouterr().err.startswith("sr3fast: m: a picture of mode F has no fixed range")
 
 
 def test_a_suffix_of_no_format(here, folder, capsys):

@@ -204,7 +204,7 @@ WAYS = [
     ((1, 8, 256, 256), 2, NHWC, F32, CLUSTERS, (2, 1, 0), (4, 1, 0)),
     ((2, 4, 256, 256), 1, NCHW, F32, CLUSTERS, (4, 1, 0), (6, 1, 0)),  # a sample at a time
     ((5, 16, 8, 8), 4, NHWC, F32, AMPERE_SMALL_L2, (1, 1, 0), (2, 1, 0)),  # a slice is small enough for a block
-    ((1, 8, 96, 96), 2, NHWC, F32, TAKEN, (2, 1, 0), (4, 1, 0)),  # others have the places of a grid
+    ((1, 8, 96, 96), 2, NHWC, F32, TAKEN, (2, 1, 0), (4, 1, 0)),  # less of it is for this process
 ]
 
 

@@ -97,8 +97,12 @@ def test_names_in_folders(tmp_path):
     found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
     assert list(found.scores) == ["a.png", "deep/a", "deep/b"]
     truth = tmp_path / "hr" / "a.jpg"
-    assert str(found.failed.pop(truth)) == f"{truth}: no picture of that name in {tmp_path / 'sr'}"
+    assert str(found.failed.pop(truth)) == f"{truth}: no picture named a.jpg in {tmp_path / 'sr'}"
     assert not found.failed
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr", limit=1)
+    assert not found.scores and list(found.failed) == [truth]
+    with pytest.raises(ValueError, match="no picture here has the name"):  # one of several is not its partner by that
+        evaluate(tmp_path / "hr", result=tmp_path / "hr" / "deep" / "b.bmp", limit=1)
     picture(tmp_path / "other" / "x.png")
     for options in ({"result": tmp_path / "other"}, {"result": tmp_path / "sr", "source": tmp_path / "other"}):
         with pytest.raises(ValueError, match=r"other: no picture here has the name of a truth, such as a\.jpg"):
@@ -157,3 +161,15 @@ def test_limit(tmp_path):
     for i in range(3):
         picture(tmp_path / f"{i}.png", seed=i)
     assert list(evaluate(tmp_path, result=tmp_path, limit=2).scores) == ["0", "1"]
+
+
+def test_a_source_made_here_is_one_that_a_file_holds(tmp_path, upscaler):
+    """Bicubic in float overshoots; the same picture from a file gives the same numbers."""
+    values = torch.zeros(1, 96, 96)
+    values[:, 40:60, 40:60] = 1
+    image.to_picture(values * 2 - 1, 65535).save(tmp_path / "truth.png")
+    made = evaluate(tmp_path / "truth.png", upscaler).scores
+    small = image.Photo.read(tmp_path / "truth.png").resized((24, 24))
+    assert small.tensor().abs().max() > 1
+    small.with_color(small.tensor()).save(tmp_path / "small.png")
+    assert evaluate(tmp_path / "truth.png", upscaler, source=tmp_path / "small.png").scores == made

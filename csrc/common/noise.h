@@ -141,42 +141,44 @@ SR3FAST_HD RoundKey round_key(uint64_t seed, uint32_t round) {
 }
 SR3FAST_HD RoundKey round_key(const RoundKeys& keys, uint32_t round) { return keys.of[round]; }
 
-// Philox4x32-10 of an image's counters (column, row, c2, c3) in parts, since a third of the work depends on
-// the column or the row alone. A Word may be wider than 32 bits: only its low half counts, in the result too.
+// Philox4x32-10 of an image's counters (column, row, step, draw) in parts, since a quarter of its products
+// depend on the column or the row alone. A Word may be wider than 32 bits: only its low half counts, in the
+// result too.
 //
-// What the first three rounds make of all but the row: words of the first, second and third, the third's
-// high product last.
+// What the first three rounds make of all but the row: word 3 of the first, 1 of the second, 3 of the third
+// and the high product in its word 2.
 template <class L>
 struct PhiloxColumn {
-  typename L::Word a3, b1, c3, high;
+  typename L::Word first3, second1, third3, third_high;
 };
 template <class L = One, class Key>
-SR3FAST_HD PhiloxColumn<L> philox_column(const Key& key, typename L::Word c0, uint32_t c2, uint32_t c3) {
-  PhiloxColumn<L> column;
+SR3FAST_HD PhiloxColumn<L> philox_column(const Key& key, typename L::Word column, uint32_t step,
+                                         uint32_t draw) {
+  PhiloxColumn<L> made;
   typename L::Word high;
-  L::multiply(kPhilox0, c0, high, column.a3);
-  L::multiply(kPhilox1, high ^ (c3 ^ round_key(key, 0).k1), high, column.b1);
-  L::multiply(kPhilox0, high ^ ((kPhilox1 * c2) ^ round_key(key, 1).k0), column.high, column.c3);
-  return column;
+  L::multiply(kPhilox0, column, high, made.first3);
+  L::multiply(kPhilox1, high ^ (draw ^ round_key(key, 0).k1), high, made.second1);
+  L::multiply(kPhilox0, high ^ ((kPhilox1 * step) ^ round_key(key, 1).k0), made.third_high, made.third3);
+  return made;
 }
 
-// And of the row, which enters b2 and c2.
+// And of the row: its share in word 2 of the second and of the third.
 struct PhiloxRow {
-  uint32_t b2, c2;
+  uint32_t second2, third2;
 };
 template <class Key>
-SR3FAST_HD PhiloxRow philox_row(const Key& key, uint32_t c1, uint32_t c2) {
+SR3FAST_HD PhiloxRow philox_row(const Key& key, uint32_t row, uint32_t step) {
   uint32_t high, low;
-  One::multiply(kPhilox1, c2, high, low);
-  One::multiply(kPhilox0, high ^ c1 ^ round_key(key, 0).k0, high, low);
+  One::multiply(kPhilox1, step, high, low);
+  One::multiply(kPhilox0, high ^ row ^ round_key(key, 0).k0, high, low);
   return {high ^ round_key(key, 1).k1, low ^ round_key(key, 2).k1};
 }
 
 template <class L = One, class Key>
 SR3FAST_HD WordsOf<L> philox(const Key& key, const PhiloxColumn<L>& column, PhiloxRow row) {
-  typename L::Word a0, a1, a2 = column.high ^ row.c2, a3 = column.c3;
-  L::multiply(kPhilox1, column.a3 ^ row.b2, a0, a1);
-  a0 = a0 ^ column.b1 ^ round_key(key, 2).k0;
+  typename L::Word a0, a1, a2 = column.third_high ^ row.third2, a3 = column.third3;
+  L::multiply(kPhilox1, column.first3 ^ row.second2, a0, a1);
+  a0 = a0 ^ column.second1 ^ round_key(key, 2).k0;
 #if defined(__CUDACC__) || defined(__clang__)
 #pragma unroll
 #else

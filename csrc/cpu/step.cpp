@@ -12,11 +12,12 @@
 namespace sr3fast::cpu::SR3FAST_ISA {
 namespace {
 
-constexpr int kPixels = 4 * kQuads;  // of the quads drawn at a time
-constexpr int kChannels = 16;        // channels of a tile, channels_last
-constexpr int kTile = 1024;          // elements of a tile, at most
-constexpr int kDrawn = 2 * kTile;    // normals drawn for a tile, at most: a line takes whole vectors
-static_assert(kTile + kChannels * kPixels <= kDrawn, "a line of pixels may begin and end within a vector");
+constexpr int kVectorPixels = 4 * kQuads;  // of the quads drawn at a time
+constexpr int kChannels = 16;              // channels of a tile, channels_last
+constexpr int kTile = 1024;                // elements of a tile, at most
+constexpr int kDrawn = 2 * kTile;          // normals drawn for a tile, at most: a line takes whole vectors
+static_assert(kTile + kChannels * kVectorPixels <= kDrawn,
+              "a line of pixels may begin and end within a vector");
 
 // Place of a tile: sample b, channels c .. c + channels, rows h .. h + rows, columns w .. w + pixels. With
 // more than one row it spans the image's width and has one channel.
@@ -33,7 +34,8 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
   const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   threads = threads_for(threads, y.numel());
   if (!y.channels_last()) {
-    const int64_t line = (W + 3 + kPixels - 1) / kPixels * kPixels;  // drawn for a row, wherever its origin
+    const int64_t line =
+        (W + 3 + kVectorPixels - 1) / kVectorPixels * kVectorPixels;  // drawn for a row, wherever its origin
     const int64_t rows_a_tile = W <= kTile ? least(kTile / W, kDrawn / line) : 1;
     const int64_t bands = (H + rows_a_tile - 1) / rows_a_tile;  // of a plane
     parallel_ranges(threads, B * C * bands, [&](int64_t begin, int64_t end) {
@@ -45,7 +47,7 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
     });
     return;
   }
-  const int64_t pixels_a_tile = C <= kChannels ? (kTile / C) / kPixels * kPixels : kPixels;
+  const int64_t pixels_a_tile = C <= kChannels ? (kTile / C) / kVectorPixels * kVectorPixels : kVectorPixels;
   parallel_ranges(threads, B * H, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t w = 0; w < W; w += pixels_a_tile)
@@ -54,13 +56,16 @@ SR3FAST_INLINE void each_tile(const Tensor& y, int threads, F&& f) {
   });
 }
 
-// f(size, i) over [0, n): size 4 as long as it fits, then 2 or 1. Vectors side by side, because one chain of
-// dependent operations leaves the ports idle.
+// f(size, i) over [0, n): size 4 as long as it fits, then 2, then 1. Vectors side by side, because one chain
+// of dependent operations leaves the ports idle.
 template <class F>
 SR3FAST_INLINE void by_four(int64_t n, F&& f) {
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) f(std::integral_constant<int, 4>(), i);
-  if (i + 2 <= n) f(std::integral_constant<int, 2>(), i), i += 2;
+  if (i + 2 <= n) {
+    f(std::integral_constant<int, 2>(), i);
+    i += 2;
+  }
   if (i < n) f(std::integral_constant<int, 1>(), i);
 }
 
@@ -110,7 +115,7 @@ SR3FAST_NOINLINE void draw_words(Words& words, const Tile& t, uint64_t seed, uin
           std::memcpy(words.radius + (at + i) * kLanes, &radius, sizeof radius);
           std::memcpy(words.angle + (at + i) * kLanes, &angle, sizeof angle);
         }
-        ahead.this_tile(at * kPixels, N * kPixels);
+        ahead.this_tile(at * kVectorPixels, N * kVectorPixels);
       }
     });
 }
@@ -126,7 +131,7 @@ SR3FAST_INLINE void each_drawn(const Words& words, F&& f) {
     Group<Floats, N> first, second;
     box_muller<Lanes<N>>(radius, angle, first, second);
     for (int i = 0; i < N; ++i)
-      each_pixels(first.v[i], second.v[i], [&](int at, Floats z) { f((v + i) * kPixels + at, z); });
+      each_pixels(first.v[i], second.v[i], [&](int at, Floats z) { f((v + i) * kVectorPixels + at, z); });
   });
 }
 
@@ -137,7 +142,7 @@ SR3FAST_NOINLINE void reorder_drawn(const Words& words, const Tile& t, int64_t i
   each_drawn(words, [&](int64_t at, Floats v) { store(drawn + at, v); });
   const float* line = drawn + into_quad;
   for (int64_t r = 0; r < t.rows; ++r)
-    for (int64_t c = 0; c < t.channels; ++c, line += words.vectors_a_line * kPixels)
+    for (int64_t c = 0; c < t.channels; ++c, line += words.vectors_a_line * kVectorPixels)
       for (int64_t w = 0; w < t.pixels; ++w) z[(r * t.pixels + w) * t.channels + c] = line[w];
 }
 
@@ -148,7 +153,7 @@ SR3FAST_NOINLINE void each_normal(const Tile& t, uint64_t seed, uint32_t domain,
   Words words;
   draw_words(words, t, seed, domain, step, origin, ahead);
   const int64_t into_quad = (t.w + origin.w) % 4, n = t.numel();
-  if (t.channels == 1 && into_quad == 0 && t.pixels == words.vectors_a_line * kPixels) {
+  if (t.channels == 1 && into_quad == 0 && t.pixels == words.vectors_a_line * kVectorPixels) {
     each_drawn(words, [&](int64_t at, Floats z) {
       ahead.next_tile(at);
       f(at, int64_t{kLanes}, z);

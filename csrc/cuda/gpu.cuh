@@ -312,9 +312,11 @@ int64_t blocks_at_once(Kernel* kernel, int threads, int64_t shared, int device) 
   });
 }
 
-// Whether it was launched: one whose blocks run together is not where others have taken their places.
+// Whether it was launched: one whose blocks run together is not where this process may use less of the device
+// than occupancy counts with.
 template <class... Parameters, class... Arguments>
-bool launched(const char* op, void (*kernel)(Parameters...), const Launch& l, const Arguments&... arguments) {
+[[nodiscard]] bool launched(const char* op, void (*kernel)(Parameters...), const Launch& l,
+                            const Arguments&... arguments) {
   const auto what = [&] {
     return std::string(op) + ": a launch of " + std::to_string(l.blocks) + " blocks of " +
            std::to_string(l.threads) + " threads, " + std::to_string(l.shared) + " bytes of shared memory, " +
@@ -327,7 +329,7 @@ bool launched(const char* op, void (*kernel)(Parameters...), const Launch& l, co
   cudaLaunchAttribute cluster{};
   const cudaLaunchConfig_t config = configuration(l, cluster);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error == cudaErrorCooperativeLaunchTooLarge) {
+  if (l.together && error == cudaErrorCooperativeLaunchTooLarge) {
     cudaGetLastError();  // it was a question
     return false;
   }
@@ -337,7 +339,9 @@ bool launched(const char* op, void (*kernel)(Parameters...), const Launch& l, co
 
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), const Launch& l, const Arguments&... arguments) {
-  launched(op, kernel, l, arguments...);
+  if (!launched(op, kernel, l, arguments...))
+    throw std::runtime_error(std::string(op) + ": its " + std::to_string(l.blocks) +
+                             " blocks cannot run at once");
 }
 
 // Calls f(T{}) with the element type.

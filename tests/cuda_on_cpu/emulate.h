@@ -54,7 +54,7 @@ namespace emulate {
 
 struct Device {
   int capability, multiprocessors, shared, l2, widest_cluster;
-  int taken = 0;  // multiprocessors that others have, which occupancy does not know
+  int taken = 0;  // multiprocessors that are not for this process, which occupancy does not know
 };
 // chosen by their index, so that a test can have several
 constexpr Device devices[] = {
