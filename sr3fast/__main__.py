@@ -329,7 +329,7 @@ def evaluate(options: Evaluate) -> int:
         print(_complaint(error, path), file=sys.stderr)
     if options.json is not None:
         with _writing(options.json), atomic(options.json) as temporary:
-            temporary.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+            temporary.write_text(json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n")
     return _failures(len(found.failed), len(found.failed) + len(found.scores), "measured")
 
 

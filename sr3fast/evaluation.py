@@ -6,6 +6,7 @@ print(evaluate("truth", result="finished"))            measure what anyone made
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, JSON-able."""
+        """All of it, JSON-able; what is not finite, such as the PSNR of equal pictures, is None."""
         return {
             "pictures": {name: _plain(scores) for name, scores in self.scores.items()},
             "mean": _plain(self.mean),
@@ -284,7 +285,12 @@ def _number(value: float | None, width: int, digits: int) -> str:
 
 
 def _plain(scores: dict[str, Scores]) -> dict[str, dict[str, float | None]]:
-    return {who: s._asdict() for who, s in scores.items()}
+    return {
+        who: {
+            name: value if value is not None and math.isfinite(value) else None for name, value in s._asdict().items()
+        }
+        for who, s in scores.items()
+    }
 
 
 def _by(size: tuple[int, int]) -> str:

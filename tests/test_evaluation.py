@@ -93,6 +93,8 @@ def test_names_in_folders(tmp_path):
         Image.open(path).save(tmp_path / "sr" / f"{name}.png")
     found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
     assert [s[RESULT].psnr for s in found.scores.values()] == [float("inf")] * 4
+    assert found.as_dict()["mean"][RESULT]["psnr"] is None
+    json.dumps(found.as_dict(), allow_nan=False)
     (tmp_path / "sr" / "a.jpg.png").unlink()
     found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
     assert list(found.scores) == ["a.png", "deep/a", "deep/b"]
