@@ -361,14 +361,13 @@ void forward_channels_last(T* out, T* s, float* mean, float* rstd, const Norm& n
 
 // With d = h - mean, x_hat = d rstd, n = w x_hat + b and g = grad silu'(n), over a group of N elements
 //   dh = (w g - <w g> - x_hat <w g x_hat>) rstd (+ grad_s)
-// and per channel dbias = sum g, dweight = sum g x_hat, dshift = sum dh. dh = scale g + slope d + offset:
+// and per channel dbias = sum g, dweight = sum g x_hat, dshift = sum dh. With Affine's scale, w rstd,
+//   dh = scale g + slope d + offset
 struct Gradient {
-  float scale, slope, offset;
+  float slope, offset;
 
-  SR3FAST_INLINE Gradient(float weight, float rstd, double mean_wg, double mean_wgx)
-      : scale(weight * rstd),
-        slope(static_cast<float>(-mean_wgx * rstd * rstd)),
-        offset(static_cast<float>(-mean_wg * rstd)) {}
+  SR3FAST_INLINE Gradient(float rstd, double mean_wg, double mean_wgx)
+      : slope(static_cast<float>(-mean_wgx * rstd * rstd)), offset(static_cast<float>(-mean_wg * rstd)) {}
 };
 
 template <bool silu, class T>
@@ -411,9 +410,9 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
         wgx += weight * sum_gx;
       }
       const double n = static_cast<double>(D * HW);
+      const Gradient to(rstd[bg], wg / n, wgx / n);
       for (int64_t c = first; c < first + D; ++c) {
         const Affine a = affine(norm, b, c, C, mean[bg], rstd[bg]);
-        const Gradient to(read(norm.weight, c), rstd[bg], wg / n, wgx / n);
         const T *plane = h.plane(b, c), *g_plane = grad + (b * C + c) * HW;
         T* d_plane = c < h.c1 ? dh + (b * h.c1 + c) * HW : dh2 + (b * (C - h.c1) + c - h.c1) * HW;
         double total = 0.0;
@@ -424,7 +423,7 @@ void backward_nchw(T* dh, T* dh2, float* dweight_of, float* dbias_of, float* dsh
             const Floats d = load_some(plane + i, stop - i, a.mean) - a.mean;
             const Floats g =
                 g_of<silu, T>(load_some(g_plane + i, stop - i, 0.0f), d, all(a.scale), all(a.bias));
-            Floats d_h = g * to.scale + (d * to.slope + to.offset);
+            Floats d_h = g * a.scale + (d * to.slope + to.offset);
             if (grad_s) d_h += load_some(grad_s + (b * C + c) * HW + i, stop - i, 0.0f);
             put(d_plane + i, stop - i, d_h, far);
             if (stop - i < kLanes)
@@ -543,8 +542,8 @@ void backward_channels_last(T* dh, T* dh2, float* dweight_of, float* dbias_of, f
           wgx += read(norm.weight, c) * sum_gx;
         }
         const double n = static_cast<double>(D * HW);
+        const Gradient to(group_rstd, wg / n, wgx / n);
         for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-          const Gradient to(read(norm.weight, c), group_rstd, wg / n, wgx / n);
           slopes[c] = to.slope;
           offsets[c] = to.offset;
         }
