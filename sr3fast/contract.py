@@ -11,6 +11,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import noise as noise_v1
 
@@ -34,7 +35,20 @@ def check_image(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], shape: to
         raise TypeError(f"{name} must be {names}: got {str(t.dtype).removeprefix('torch.')}")
     if shape is not None and own != shape:
         raise ValueError(f"{name} must have the shape {tuple(shape)}: got {tuple(own)}")
+    check_tangent(name, t)
     return own
+
+
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def check_tangent(name: str, t: Tensor) -> None:
+    """It would be lost without a word."""
+    if in_forward_mode() and forward_ad.unpack_dual(t).tangent is not None:
+        raise ValueError(
+            f"{name} must not have a tangent: the ops differentiate in reverse mode only (sr3fast.reference in both)"
+        )
 
 
 def as_pair(value, name: str = "out") -> tuple:
@@ -65,6 +79,7 @@ def _real(name: str, value: float) -> float:
 def check_constant(name: str, t: Tensor) -> None:
     if t.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad: there is no derivative to it (pass {name}.detach())")
+    check_tangent(name, t)
 
 
 def check_channels(channels: int) -> None:
@@ -347,4 +362,5 @@ def check_norm(
         if p.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float16 or bfloat16: got {p.dtype}")
         check_device(name, p, h.device)
+        check_tangent(name, p)
     return None if shift is None else shift.contiguous()

@@ -6,7 +6,8 @@ Tensors are [B, C, H, W]. Every op is registered with torch.library, so it works
 copied to the host, so a captured CUDA graph replays with new values (and its range cannot be checked).
 `origin` is the place (h, w) of a tile in the whole image. `out=` and `into=` are for inference: `out` receives
 the result, `into` (a view of the network's input, any dtype and layout) a copy of it in the same pass.
-Gradients are those of reverse mode, once: to images, norm parameters and shift, never to alpha, gamma or a row.
+Gradients are those of reverse mode, once: to images, norm parameters and shift, never to alpha, gamma or a row. A
+tangent of forward mode is refused.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from .contract import (
     check_out,
     check_outputs,
     check_scalar_device,
+    in_forward_mode,
     is_readable,
     layout_of,
     step_inputs,
@@ -391,9 +393,12 @@ def add_group_norm_silu(
 
 
 def _watched(y: Tensor | None = None, *others: Tensor | None) -> bool:
-    """Does the call need torch's dispatcher: for torch.compile, a tensor subclass, meta tensors, a negation that torch
-    has put off? Else, for inference, it goes straight to the home, which saves a third of a small call."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or (y is not None and y.is_meta):
+    """Does the call need torch's dispatcher: for torch.compile, a tensor subclass, meta tensors, forward mode, a
+    negation that torch has put off? Else, for inference, it goes straight to the home, which saves a third of a small
+    call."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or in_forward_mode():
+        return True
+    if y is not None and y.is_meta:
         return True
     for t in (y, *others):  # noqa: SIM110 (twice as fast as any())
         if t is not None and (type(t) not in PLAIN or t.is_neg()):

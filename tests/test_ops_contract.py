@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import nan_like, random, same_bits
+from torch.autograd import forward_ad
 
 from sr3fast import backend, ops
 from sr3fast.native import is_plain_step
@@ -629,3 +630,33 @@ def test_compiled_out_and_into(compiled):
             f(y_t, y(seed=1), network_input, alpha, t)
             states.append((y_t, network_input))
         assert all(map(same_bits, *states)) and states[0][1][:, 3:].count_nonzero() > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        *((refine, name) for name in ("y_t", "eps_hat", "alpha_t", "gamma_t", "z")),
+        *((solver_step, name) for name in ("y", "eps_hat", "row", "history", "z")),
+        *((q_sample, name) for name in ("y_0", "gamma", "eps")),
+        *((norm, name) for name in ("h", "weight", "bias", "shift")),
+        *((add_norm, name) for name in ("h", "residual", "weight")),
+    ],
+)
+def test_a_tangent_is_refused_not_lost(call, name):
+    C = 4 if call in (norm, add_norm) else 3
+    values = {
+        **{"alpha_t": torch.tensor(0.9), "gamma_t": torch.tensor(0.5), "gamma": torch.tensor(0.5)},
+        **{"row": torch.tensor(ROW), "weight": torch.ones(C), "bias": torch.zeros(C), "shift": torch.zeros(2, C)},
+    }
+    value = values.get(name, y(2, C, 5, 7))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(value, torch.ones_like(value))
+        with pytest.raises(ValueError, match=rf"{name} must not have a tangent: the ops differentiate in reverse mode"):
+            call(**{name: (dual, y()) if name == "history" else dual})
+        assert call(**{name: (value, y()) if name == "history" else value}) is not None
+
+
+def test_a_tangent_of_the_common_call_is_refused():
+    y_t, eps_hat = y(), y(seed=1)
+    with pytest.raises(ValueError, match="y_t must not have a tangent"):
+        torch.func.jvp(lambda t: refine(y_t=t, eps_hat=eps_hat, out=torch.empty(2, 3, 5, 7)), (y_t,), (y_t,))
