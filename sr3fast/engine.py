@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backend, ops
+from .contract import FLOATS
 from .unet import Attention, Downsample, NoiseEmbedding, ResnetBlock, UNet, Upsample, sinusoid
 
 __all__ = ["Engine", "Form"]
@@ -895,7 +896,7 @@ class Engine:
     ):
         if (reason := refusal(unet)) is not None:
             raise TypeError(reason)
-        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be float32, float16 or bfloat16: got {dtype}")
         if not (graph in (True, False) or graph == "auto"):
             raise ValueError(f'graph must be "auto", True or False: got {graph!r}')

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
+from .contract import FLOATS
 from .engine import Engine, refusal
 from .image import resize
 from .schedule import Schedule
@@ -29,7 +30,6 @@ __all__ = ["Network", "Run", "Sampler", "Samples", "draw_seed", "find_device", "
 
 log = logging.getLogger(__name__)
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Callback = Callable[[int, Tensor, Tensor], Any]
 Function = Callable[[Tensor | None, Tensor, Tensor], Tensor]
@@ -123,7 +123,7 @@ class Sampler:
         variant = getattr(f_theta, "variant", None)
         if variant in ("sr3", "ddpm") and (variant == "ddpm") != (level == "t"):
             raise ValueError(f"a {variant} network is not conditioned on level={level!r}")
-        if dtype is not None and dtype not in DTYPES:
+        if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be float32, float16 or bfloat16: got {dtype}")
         if not (graph in (True, False) or graph == "auto"):
             raise ValueError(f'graph must be "auto", True or False: got {graph!r}')
@@ -483,7 +483,7 @@ def network(f_theta: Any, dtype: torch.dtype | None = None, graph: bool | str = 
     """f_theta itself where it starts its runs, the engine for our UNet, the adapter for another callable."""
     if hasattr(f_theta, "start"):
         return f_theta
-    if type(f_theta) is UNet and dtype is None and (own := f_theta.conv_in.weight.dtype) not in DTYPES:
+    if type(f_theta) is UNet and dtype is None and (own := f_theta.conv_in.weight.dtype) not in FLOATS:
         raise TypeError(f"a UNet's parameters must be float32, float16 or bfloat16, or dtype= one of them: got {own}")
     if refusal(f_theta) is None:
         return Engine(f_theta, dtype, graph=graph)
@@ -510,13 +510,15 @@ class _Eager:
     def __init__(self, f_theta: Function, x: Tensor | None, shape: Sequence[int], levels: Tensor, dtype: torch.dtype):
         self.f_theta = f_theta
         self.x = x
-        self.into = torch.empty(tuple(shape), dtype=dtype, device=levels.device)
+        self.dtype = dtype
+        own = dtype if dtype in FLOATS else torch.float32  # the ops write no float64
+        self.into = torch.empty(tuple(shape), dtype=own, device=levels.device)
         batch = (shape[0], 1) if levels.is_floating_point() else (shape[0],)
         self.levels = levels.view(-1, *(1,) * len(batch)).expand(-1, *batch)  # [N, B, 1] or [N, B]
 
     def __call__(self, i: int) -> Tensor:
         # clones: f_theta may keep, or overwrite, what it is given
-        eps_hat = self.f_theta(self.x, self.into.clone(), self.levels[i].clone())
+        eps_hat = self.f_theta(self.x, self.into.to(self.dtype, copy=True), self.levels[i].clone())
         if not isinstance(eps_hat, Tensor) or eps_hat.shape != self.into.shape:
             raise ValueError(f"f_theta must return y_t's shape {list(self.into.shape)}: got {_shape_of(eps_hat)}")
         return eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
@@ -548,7 +550,7 @@ class _Captured(_Eager):
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.graph(graph):
-            eps_hat = self.f_theta(self.x, self.into.clone(), self.level.clone())
+            eps_hat = self.f_theta(self.x, self.into.to(self.dtype, copy=True), self.level.clone())
             self.eps_hat = eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
         return graph
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from . import image, weights
+from . import image, noise, ops, weights
 from .sampler import Run, Sampler, draw_seed, find_device, network
 from .weights import Model, Target
 
@@ -139,7 +139,6 @@ class Upscaler:
             solver=solver,
             steps=card.get("steps", 25) if steps is None else steps,
             grid=grid,
-            clip=model.target.clip if model.target.kind == "residual" and solver != "sr3" else ...,
             level=model.level,
             target=model.target,
         )
@@ -175,13 +174,14 @@ class Upscaler:
 
         y_0s = []
         for i in range(samples or 1):
-            callback = None
+            y_T = callback = None
             if trace is not None and i == 0:
-                callback = trace.start(large, padded, self.model.target, len(self.sampler.table))
+                y_T = ops.noise(padded.shape, seed, domain=noise.Y_T, device=padded.device)  # the sampler's own
+                callback = trace.start(large, padded, y_T, self.model.target, len(self.sampler.table))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "x looks like")  # a bright picture has no negative values
                 warnings.filterwarnings("ignore", "y_0 is not finite")  # refused below
-                y_0 = self.sampler(padded, seed + i, callback=callback, progress=progress)
+                y_0 = self.sampler(padded, seed + i, y_T=y_T, callback=callback, progress=progress)
             assert isinstance(y_0, Tensor)  # not Samples: samples= was not given
             if not y_0.isfinite().all():
                 raise image.ImageError("the result is not finite: damaged weights, or a dtype of too small a range")
@@ -189,6 +189,8 @@ class Upscaler:
             if self.consistency:
                 y_0 = y_0 + image.resize(small - image.resize(y_0, (small.shape[2], small.shape[3])), (height, width))
             y_0s.append(y_0[0].cpu())
+            if trace is not None and i == 0:
+                trace.finish(y_0s[0])
         if samples is None:
             return large.with_color(y_0s[0])
         std, mean = torch.std_mean(torch.stack(y_0s), 0)
@@ -246,6 +248,8 @@ def _scale(model: Model, scale: float | None) -> float:
     if model.scale is None:
         if scale is None:
             raise ValueError("these weights do not say how much they enlarge: give the scale they trained for")
+        if not 1 <= scale < math.inf:
+            raise ValueError(f"scale must be at least 1: got {scale}")
         return scale
     if scale is None:
         return model.scale
@@ -390,7 +394,7 @@ class Trace:
     For a residual target, what is shown is x plus the noisy residual.
 
     Args:
-        frames: how many, the noise and the result among them.
+        frames: how many, from pure noise to the result.
         side: longer frames are shrunk to this.
     """
 
@@ -401,16 +405,21 @@ class Trace:
         self.side = side
         self.pictures: list[Image.Image] = []
 
-    def start(self, large: image.Photo, x: Tensor, target: Target, steps: int) -> Callable[..., None]:
-        """The Sampler's callback for a run of so many steps towards `large`, whose padded source is x."""
+    def start(self, large: image.Photo, x: Tensor, y_T: Tensor, target: Target, steps: int) -> Callable[..., None]:
+        """The Sampler's callback for a run of so many steps from y_T towards `large`, whose padded source is x."""
         self.pictures = []
-        wanted = {round(i * (steps - 1) / (self.frames - 1)) for i in range(self.frames)}
+        wanted = {round(i * steps / (self.frames - 1)) for i in range(self.frames)}
 
-        def callback(step: int, y: Tensor, y_0_hat: Tensor) -> None:
+        def callback(step: int, y: Tensor, y_0_hat: Tensor | None = None) -> None:
             if step in wanted:
                 self.pictures.append(self._frame(target.decode(y, x)[0], large.size))
 
+        callback(steps, y_T)
         return callback
+
+    def finish(self, y_0: Tensor) -> None:
+        """The last frame is the result as it is returned, y_0 [C, H, W]: made consistent where that was asked for."""
+        self.pictures[-1] = self._frame(y_0, (y_0.shape[2], y_0.shape[1]))
 
     def _frame(self, values: Tensor, size: tuple[int, int]) -> Image.Image:
         frame = image.to_picture(values[:, : size[1], : size[0]])

@@ -5,10 +5,8 @@ Nothing here unpickles. Checkpoints of Janspiry's code are read by `compat.jansp
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import image
 from .schedule import Schedule
 from .solver import LEVELS
 from .unet import UNet
@@ -141,9 +140,8 @@ def save(folder: str | Path, model: Model, *, dtype: torch.dtype | None = None) 
     state = model.unet.state_dict()
     tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in state.items()}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     # the outer one is renamed last: a folder with a new config.json has its tensors
-    with _written(folder / CONFIG) as config_file, _written(folder / TENSORS) as weights_file:
+    with image.atomic(folder / CONFIG) as config_file, image.atomic(folder / TENSORS) as weights_file:
         try:
             save_file(tensors, weights_file)
         except SafetensorError as error:  # how it reports a full disk
@@ -189,17 +187,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return config
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` if all went well, and is gone if not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------- tensors against a network

@@ -380,6 +380,21 @@ def test_dtype_of_a_module_is_its_own(x):
     assert Sampler(Half(), SCHEDULE, steps=3)(x).dtype == torch.float32
 
 
+def test_a_network_in_float64_is_given_float64(x):
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
+
+        def forward(self, x, y_t, level):
+            assert x.dtype == y_t.dtype == torch.float64
+            return self.weight * (x + y_t)
+
+    y_0 = Sampler(Linear(), SCHEDULE, steps=4)(x)
+    assert y_0.dtype == torch.float32
+    torch.testing.assert_close(y_0, Sampler(lambda x, y, level: 0.25 * (x + y), SCHEDULE, steps=4)(x))
+
+
 def test_float64_and_integer_sources_are_taken(x):
     sampler = Sampler(f_theta, SCHEDULE, steps=4)
     assert torch.equal(sampler(x.double()), sampler(x))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sr3fast import image
+from sr3fast import image, noise, ops
 from sr3fast.sampler import Sampler
 from sr3fast.schedule import Schedule
 from sr3fast.unet import UNet
@@ -377,6 +377,21 @@ def test_trace_goes_from_noise_to_the_result(tmp_path):
     for suffix in ("gif", "webp"):
         trace.save(tmp_path / f"process.{suffix}")
         assert Image.open(tmp_path / f"process.{suffix}").n_frames == 4
+
+
+def test_trace_begins_with_the_noise_and_ends_with_the_consistent_result():
+    trace, net = Trace(frames=3), model(target=Target())
+    result = upscale(blobs(8, 8), net, seed=7, trace=trace, consistency=True)
+    assert np.array_equal(array(trace.pictures[-1]), array(result))
+    pure = image.to_picture(ops.noise((1, 3, 32, 32), 7, domain=noise.Y_T)[0])
+    assert np.array_equal(array(trace.pictures[0]), array(pure))
+    assert np.array_equal(array(upscale(blobs(8, 8), net, seed=7, consistency=True)), array(result)), "without a trace"
+
+
+@pytest.mark.parametrize("scale", [0, -2, 0.5, math.nan, math.inf])
+def test_a_scale_that_is_none_is_refused_where_the_weights_say_none(scale):
+    with pytest.raises(ValueError, match="scale must be at least 1: got"):
+        Upscaler(model(scale=None), scale=scale)
 
 
 def test_trace_shrinks_long_frames():

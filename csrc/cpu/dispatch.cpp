@@ -49,7 +49,7 @@ Table choose() {
   if (has_avx2 && (name.empty() || name == "avx2")) return {"avx2", SR3FAST_EACH_OP(SR3FAST_ENTRY_avx2)};
 #endif
   if (name.empty() || name == "baseline") return {"baseline", SR3FAST_EACH_OP(SR3FAST_ENTRY_baseline)};
-  throw std::runtime_error("SR3FAST_ISA=" + name +
+  throw std::invalid_argument("SR3FAST_ISA=" + name +
                            " was asked for, but this build or this machine does not have it");
 }
 
