@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, Sampler
 
 from . import image, noise
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+SUFFIXES = (*image.SUFFIXES, ".npy")
 AUGMENTATIONS = ("none", "flip", "dihedral")
 
 Size = tuple[int, int]  # height, width
@@ -46,11 +46,12 @@ class Skipped(UserWarning):
 @dataclass(frozen=True)
 class Item:
     """One picture: its target, and its source where the data brings one (else the source is made from the
-    target).
+    target). `channels` are those of the two; none where no header tells.
     """
 
     name: str
     size: Size
+    channels: tuple[int, ...]
     target: Read
     source: Read | None = None
 
@@ -66,7 +67,8 @@ def open_items(path: str | Path, scale: float = 4) -> list[Item]:
     folder with hr_R/, sr_L_R/ Janspiry's folders: sr is x
     folder with data.mdb       Janspiry's LMDB (needs the package lmdb)
     file .npy                  targets [N, C, H, W]
-    A picture is an image file or a .npy of [C, H, W]: uint8, uint16, or float in [-1, 1].
+    A picture is an image file or a .npy of [C, H, W]: uint8, uint16, or float in [-1, 1]. Sizes are those after
+    the EXIF orientation; a file whose header is broken is left out with a warning, `Skipped`.
 
     Raises:
         DataError: nothing there, names without a partner, sizes that do not fit `scale`.
@@ -74,7 +76,7 @@ def open_items(path: str | Path, scale: float = 4) -> list[Item]:
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix == ".npy":
+    if _is_array(path):
         return _array_items(path)
     if not path.is_dir():
         raise DataError(f"{path}: the data must be a folder, or an array in a .npy file")
@@ -86,14 +88,22 @@ def open_items(path: str | Path, scale: float = 4) -> list[Item]:
         return _pair_items(path / f"hr_{side}", sources[0], scale)
     if (path / "hr").is_dir():
         return _pair_items(path / "hr", path / "lr", scale)
-    return [Item(str(file), size, partial(read, file)) for file in _files(path) if (size := _header(file)) is not None]
+    return [
+        Item(str(file), head[0], (head[1],), partial(read, file))
+        for file in _files(path)
+        if (head := _header(file)) is not None
+    ]
 
 
 def read(path: str | Path) -> np.ndarray:
     """A picture's values [C, H, W]: uint8, uint16 or float32 in [-1, 1]. Alpha is left out."""
-    if Path(path).suffix == ".npy":
-        return _check_array(np.load(path, allow_pickle=False), path)
+    if _is_array(path):
+        return _in_range(_array(path, 3), path)
     return _values(image.Photo.read(path).color)
+
+
+def _is_array(path: str | Path) -> bool:
+    return Path(path).suffix.lower() == ".npy"
 
 
 def _values(picture: Image.Image) -> np.ndarray:
@@ -102,35 +112,47 @@ def _values(picture: Image.Image) -> np.ndarray:
     return values.astype(np.uint16) if values.dtype == np.float32 else np.ascontiguousarray(values)
 
 
-def _check_array(values: np.ndarray, path: str | Path, ndim: int = 3) -> np.ndarray:
+def _array(path: str | Path, ndim: int) -> np.ndarray:
+    """A file's array, mapped and not read: of so many of the dimensions [N, C, H, W], and of a dtype that is known."""
+    try:
+        values = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: a broken array ({error}): save it again") from error
     if values.ndim != ndim:
         raise DataError(f"{path}: an array must be {'[N, C, H, W]'[(4 - ndim) * 3 :]}: got shape {values.shape}")
-    if values.dtype.kind == "f":
-        values = values.astype(np.float32)
-        if not (abs(values) <= 1).all():
-            raise DataError(f"{path}: float values must lie in [-1, 1]: got {values.min()} .. {values.max()}")
-    elif values.dtype not in (np.uint8, np.uint16):
+    if values.dtype.kind != "f" and values.dtype not in (np.uint8, np.uint16):
         raise DataError(f"{path}: values must be uint8, uint16 or float in [-1, 1]: got {values.dtype}")
+    return values
+
+
+def _in_range(values: np.ndarray, path: str | Path) -> np.ndarray:
+    """A mapped picture's values in memory, floats as float32."""
+    if values.dtype.kind != "f":
+        return np.array(values)
+    values = np.array(values, dtype=np.float32)
+    if not (abs(values) <= 1).all():
+        raise DataError(f"{path}: float values must lie in [-1, 1]: got {values.min()} .. {values.max()}")
     return values
 
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    files = image.files(folder, SUFFIXES)
     if not files:
         raise DataError(f"{folder}: no pictures there (looked for {', '.join(SUFFIXES)}, in subfolders too)")
     return files
 
 
-def _header(file: Path) -> Size | None:
-    """Height and width without decoding; None, and a warning, where the file is broken."""
+def _header(file: Path) -> tuple[Size, int] | None:
+    """Size and channels of what `read` gives, without decoding; None, and a warning, where the file is broken."""
     try:
-        if file.suffix == ".npy":
-            return np.load(file, mmap_mode="r", allow_pickle=False).shape[-2:]
-        with Image.open(file) as picture:
-            return picture.size[1], picture.size[0]
-    except (OSError, ValueError, SyntaxError) as error:
+        if _is_array(file):
+            channels, height, width = _array(file, 3).shape
+        else:
+            (width, height), channels = image.header(file)
+        return (height, width), channels
+    except (OSError, image.ImageError, DataError) as error:
         _skip(file, error)
         return None
 
@@ -150,27 +172,30 @@ def _pair_items(targets: Path, sources: Path, scale: float) -> list[Item]:
         )
     items = []
     for name, file in names[0].items():
-        size, source = _header(file), _header(names[1][name])
-        if size is None or source is None:
+        target, source = _header(file), _header(names[1][name])
+        if target is None or source is None:
             continue
-        if source != size and any(abs(a - b * scale) >= scale for a, b in zip(size, source, strict=True)):
-            raise DataError(
-                f"{name}: a source must have the target's size or be {scale:g} times smaller: "
-                f"got target {size[0]} x {size[1]}, source {source[0]} x {source[1]}"
-            )
-        items.append(Item(str(name), size, partial(read, file), partial(read, names[1][name])))
+        _check_pair(name, target[0], source[0], scale)
+        channels = (target[1], source[1])
+        items.append(Item(str(name), target[0], channels, partial(read, file), partial(read, names[1][name])))
     return items
 
 
+def _check_pair(name: object, target: Sequence[int], source: Sequence[int], scale: float) -> None:
+    if source != target and any(abs(a - b * scale) >= scale for a, b in zip(target, source, strict=True)):
+        raise DataError(
+            f"{name}: a source must have the target's size or be {scale:g} times smaller: "
+            f"got target {target[0]} x {target[1]}, source {source[0]} x {source[1]}"
+        )
+
+
 def _array_items(path: Path) -> list[Item]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.ndim != 4:
-        raise DataError(f"{path}: an array must be [N, C, H, W]: got shape {array.shape}")
-    return [Item(f"{path}[{i}]", array.shape[-2:], partial(_slice, path, i)) for i in range(len(array))]
+    n, c, h, w = _array(path, 4).shape
+    return [Item(f"{path}[{i}]", (h, w), (c,), partial(_slice, path, i)) for i in range(n)]
 
 
 def _slice(path: Path, i: int) -> np.ndarray:
-    return _check_array(np.load(path, mmap_mode="r", allow_pickle=False)[i].copy(), f"{path}[{i}]")
+    return _in_range(_array(path, 4)[i], f"{path}[{i}]")
 
 
 def _lmdb_items(path: Path) -> list[Item]:
@@ -185,6 +210,7 @@ def _lmdb_items(path: Path) -> list[Item]:
         Item(
             f"{path}[{i}]",
             (high, high),
+            (),
             partial(_record, path, f"hr_{high}_{i:05d}"),
             partial(_record, path, f"sr_{low}_{high}_{i:05d}"),
         )
@@ -206,7 +232,7 @@ def _record(path: Path, key: str) -> np.ndarray:
         value = transaction.get(key.encode())
     if value is None:
         raise DataError(f"{path}: no record {key}")
-    return _values(Image.open(BytesIO(value)))
+    return _values(image.Photo.read(BytesIO(value)).color)
 
 
 # Crops
@@ -226,8 +252,9 @@ class Pictures(Dataset):
     augment   "none", "flip" (left and right) or "dihedral" (the square's 8 symmetries)
     memory    bytes of decoded pictures that are kept
 
-    A picture smaller than the crop is left out; a file that turns out to be broken is too, and the next one
-    stands in for it. A warning, `Skipped`, names each. Raises DataError where none is left.
+    A picture smaller than the crop, or of channels that the network does not take, is left out; a file that turns
+    out to be broken or not to fit is too, and the next one stands in for it. A warning, `Skipped`, names each.
+    Raises DataError where none is left.
     """
 
     def __init__(
@@ -247,21 +274,16 @@ class Pictures(Dataset):
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}: got {augment!r}")
         if not items:
             raise DataError("no picture can be read")
-        small = {
-            i: f"{item.name}: a picture must hold a crop of {crop} pixels, whole at 1/{scale:g}: "
-            f"got {item.size[0]} x {item.size[1]}"
-            for i, item in enumerate(items)
-            if min(_whole(item.size, scale)) < crop
-        }
-        if len(small) == len(items):
-            raise DataError(f"{small[0]} (none of {len(items)} does: take a smaller crop)")
-        for i, problem in small.items():
-            _skip(items[i].name, problem)
-        self.items = [item for i, item in enumerate(items) if i not in small]
         self.crop, self.scale, self.channels = crop, scale, channels
         self.augment, self.seed, self.memory = augment, seed, memory
+        unfit = {i: problem for i, item in enumerate(items) if (problem := self._misfit(item.size, item.channels))}
+        if len(unfit) == len(items):
+            raise DataError(f"{items[0].name}: {unfit[0]} (none of {len(items)} fits)")
+        for i, problem in unfit.items():
+            _skip(items[i].name, problem)
+        self.items = [item for i, item in enumerate(items) if i not in unfit]
         self._kept: OrderedDict[int, tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
-        self._broken: set[int] = set()
+        self._broken: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -279,7 +301,7 @@ class Pictures(Dataset):
 
     def _sample(self, index: int, u: float, v: float, symmetry: int) -> tuple[Tensor, Tensor]:
         target, source = self.load(index)
-        size = _whole(target.shape[-2:], self.scale)
+        size, _ = image.whole(target.shape[-2:], self.scale)
         step = round(self.scale) if self.scale == round(self.scale) else 1
         top, left = (
             int(place * ((side - self.crop) // step + 1)) * step for place, side in zip((u, v), size, strict=True)
@@ -299,7 +321,7 @@ class Pictures(Dataset):
         A source that the data brings at the target's size is made small again, as consistency needs it.
         """
         target, source = self.load(index)
-        size = _whole(target.shape[-2:], self.scale)
+        size, _ = image.whole(target.shape[-2:], self.scale)
         window = (0, 0, *size)
         x = conditioned(target, source, self.scale, window)
         if source is None or source.shape == target.shape:
@@ -317,16 +339,22 @@ class Pictures(Dataset):
             if index not in self._broken:
                 try:
                     return self._keep(index)
-                except (OSError, image.ImageError) as error:
-                    self._broken.add(index)
+                except (OSError, image.ImageError, DataError) as error:
+                    self._broken[index] = str(error)
                     _skip(self.items[index].name, error)
             index = (index + 1) % len(self.items)
-        raise DataError(f"none of the {len(self.items)} pictures can be read")
+        raise DataError(f"none of the {len(self.items)} pictures can be read, the last: {self._broken[index]}")
 
     def _keep(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         item = self.items[index]
-        target = self._channels(item.target(), item.name)
-        source = None if item.source is None else self._channels(item.source(), item.name)
+        target, source = item.target(), item.source and item.source()
+        channels = (len(target),) if source is None else (len(target), len(source))
+        if problem := self._misfit(target.shape[1:], channels):  # a header can be wrong, or tell nothing
+            raise DataError(f"{item.name}: {problem}")
+        if source is not None:
+            _check_pair(item.name, target.shape[1:], source.shape[1:], self.scale)
+            source = self._repeated(source)
+        target = self._repeated(target)
         self._kept[index] = target, source
         while len(self._kept) > 1 and sum(a.nbytes for pair in self._kept.values() for a in pair if a is not None) > (
             self.memory
@@ -334,18 +362,20 @@ class Pictures(Dataset):
             self._kept.popitem(last=False)
         return target, source
 
-    def _channels(self, values: np.ndarray, name: str) -> np.ndarray:
-        if len(values) == 1 and self.channels == 3:
-            return np.repeat(values, 3, 0)
-        if len(values) != self.channels:
-            raise DataError(f"{name}: the network has {self.channels} channels, the picture has {len(values)}")
-        return values
+    def _misfit(self, size: Sequence[int], channels: Sequence[int]) -> str | None:
+        """Why a picture of this size, and of these channels as target and source, cannot be taken."""
+        for count in channels:
+            if count != self.channels and (count, self.channels) != (1, 3):
+                return f"the network has {self.channels} channels, the picture has {count}"
+        if min(image.whole(size, self.scale)[0]) < self.crop:
+            return (
+                f"a picture must hold a crop of {self.crop} pixels, whole at 1/{self.scale:g}: "
+                f"got {size[0]} x {size[1]}"
+            )
+        return None
 
-
-def _whole(size: Sequence[int], scale: float) -> Size:
-    """The largest size, at most `size`, that is whole at 1/scale."""
-    height, width = (round(int(side / scale + 1e-9) * scale) for side in size)
-    return height, width
+    def _repeated(self, values: np.ndarray) -> np.ndarray:
+        return values if len(values) == self.channels else np.repeat(values, self.channels, 0)
 
 
 def cut(values: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
@@ -369,7 +399,7 @@ def conditioned(
     if source is not None and source.shape == target.shape:
         return cut(source, window)
     top, left, bottom, right = window
-    size = _whole(target.shape[-2:], scale)
+    size, _ = image.whole(target.shape[-2:], scale)
     small = (round(size[0] / scale), round(size[1] / scale)) if source is None else source.shape[-2:]
     sy, sx = (a / b for a, b in zip(size, small, strict=True))
     box = (top / sy, left / sx, bottom / sy, right / sx)

@@ -1,7 +1,7 @@
 """Pictures and tensors: files in and out, Pillow's bicubic, 8-bit rounding.
 
 Tensors are float32 [C, H, W] (or [B, C, H, W]) in [-1, 1]. A `Photo` is a picture taken apart into what
-the network sees (gray or RGB, 8 or 16 bits) and what is put back afterwards (alpha, ICC profile).
+the network sees (gray or RGB, 8 or 16 bits) and what is put back afterwards (alpha, ICC profile, EXIF, dpi).
 """
 
 from __future__ import annotations
@@ -13,20 +13,52 @@ import os
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 MAX_PIXELS = 2**27
 """Pictures with more pixels than this (11585 x 11585) are refused, before they are decoded or made."""
 
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".webp", ".avif", ".gif"),
+    *(".bmp", ".dib", ".tif", ".tiff", ".tga", ".dds", ".pcx", ".psd", ".ico", ".qoi", ".sgi"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""What counts as a picture in a folder: not all that Pillow registers, among them .pdf, .h5, .mpg and .eps."""
+
+_GRAY = ("1", "L", "LA", "La")
 _GRAY_16 = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
+_BROKEN = (  # what Pillow raises for a file that it cannot decode
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, ArithmeticError),
+    *(struct.error, zlib.error),
+)
+
+_SAVED_AS: dict[str, dict[str, Any]] = {  # Pillow's own quality, 75, shows
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "MPO": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+}
+
+_Tag = ExifTags.Base
+_OF_THE_PHOTOGRAPH = (
+    *(_Tag.ImageDescription, _Tag.Make, _Tag.Model, _Tag.Software, _Tag.DateTime, _Tag.Artist, _Tag.Copyright),
+    *(_Tag.Rating, _Tag.XPTitle, _Tag.XPComment, _Tag.XPAuthor, _Tag.XPKeywords, _Tag.XPSubject),
+)
+_OF_THE_OLD_FILE = {  # pixel dimensions and places, and blocks whose offsets hold in it alone
+    *(_Tag.ExifImageWidth, _Tag.ExifImageHeight, _Tag.SubjectLocation, 0x9214),  # SubjectArea
+    *(_Tag.FocalPlaneXResolution, _Tag.FocalPlaneYResolution, _Tag.FocalPlaneResolutionUnit),
+    *(_Tag.MakerNote, ExifTags.IFD.Interop),
+}
+_EXIF_BYTES = 65533  # of a JPEG's marker
 
 
 class ImageError(ValueError):
@@ -54,32 +86,72 @@ def naming(picture: object) -> Iterator[None]:
         raise ImageError(str(error), picture) from error
 
 
-def read(path: str | Path) -> Image.Image:
-    """The picture in a file, decoded in full and turned as its EXIF orientation says.
+def files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The pictures of a folder and its subfolders, in the order of their names; hidden ones are left out."""
+    return sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()
+    )
+
+
+def read(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+    """The picture in a file, or in what is opened in binary, decoded in full and turned as its EXIF orientation says.
 
     Of an animation, the first frame. Raises ImageError for what is not an image, is empty, is cut short, or
     has more than MAX_PIXELS pixels (nothing is decoded then), and OSError where the file cannot be opened.
     """
-    with open(path, "rb") as file, naming(path):
-        if not file.read(1):
-            raise ImageError("the file is empty (0 bytes): remove it or copy it again")
-        file.seek(0)
+    with _opened(file) as picture:
+        picture.load()
+        info = _info(picture)
+        picture = ImageOps.exif_transpose(picture)
+        picture.info.pop("exif", None)
+        picture.info.update(info)  # a copy of a TIFF has no EXIF of its own
+        return picture
+
+
+def header(file: str | os.PathLike | IO[bytes]) -> tuple[tuple[int, int], int]:
+    """(width, height) as `read` turns it, and channels (1 or 3) as a `Photo` has them, without decoding.
+
+    Raises what `read` and `Photo.of` raise, as far as the header tells.
+    """
+    with _opened(file) as picture:
+        exif = Image.Image.getexif(picture)  # not PngImageFile's, which decodes
+        width, height = picture.size
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):  # some of Pillow's versions have turned its size already
+            width, height = picture.tag_v2[_Tag.ImageWidth], picture.tag_v2[_Tag.ImageLength]
+        size = (height, width) if exif.get(_Tag.Orientation) in (5, 6, 7, 8) else (width, height)
+        return size, _channels(picture.mode)
+
+
+@contextlib.contextmanager
+def _opened(file: str | os.PathLike | IO[bytes]) -> Iterator[Image.Image]:
+    """The picture in a file, not yet decoded; what Pillow raises within becomes an ImageError."""
+    with naming(file), contextlib.ExitStack() as stack:
+        if isinstance(file, str | os.PathLike):
+            file = stack.enter_context(open(file, "rb"))
+        elif isinstance(file, io.TextIOBase):
+            raise TypeError("a picture's file must be opened in binary: got one opened as text")
         try:
+            try:
+                file.seek(0)
+            except (AttributeError, OSError):  # a stream
+                file = io.BytesIO(file.read())
+            if not file.read(1):
+                raise ImageError("the file is empty (0 bytes): remove it or copy it again")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size is stricter
                 picture = Image.open(file)
+            check_size(picture.size)
+            yield picture
+        except ImageError:
+            raise
         except Image.DecompressionBombError as error:
             raise ImageError(f"{error} Cut it into parts first") from error
         except UnidentifiedImageError as error:
             raise ImageError("not an image that Pillow can read: convert it to PNG or JPEG") from error
+        except MemoryError as error:
+            raise ImageError("too large for this machine's memory, or broken: cut it into parts") from error
         except _BROKEN as error:
-            raise ImageError(f"a broken image ({_line(error)}): copy it again or convert it") from error
-        check_size(picture.size)
-        try:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-        except _BROKEN as error:
-            raise ImageError(f"cut short or broken ({_line(error)}): copy it again") from error
+            raise ImageError(f"cut short or broken ({_line(error)}): copy it again or convert it") from error
 
 
 def check_size(size: tuple[int, int], name: str = "") -> None:
@@ -104,12 +176,12 @@ def check_format(path: str | Path, mode: str) -> None:
 def write(picture: Image.Image, path: str | Path, **options: object) -> None:
     """Save a picture under a temporary name and rename it: a file of that name is whole, or is not there.
 
-    `options` are those of Image.save; the ICC profile in `picture.info` is kept. Raises ImageError for a
-    suffix that names no format, OSError where it cannot be written.
+    `options` are those of Image.save; by default JPEG, WebP and AVIF are of quality 95, and the ICC profile,
+    EXIF and dpi in `picture.info` are kept where the format can hold them. Raises ImageError for a suffix that
+    names no format, OSError where it cannot be written.
     """
     name = _format(path)
-    if picture.info.get("icc_profile"):
-        options.setdefault("icc_profile", picture.info["icc_profile"])
+    options = _SAVED_AS.get(name, {}) | _info(picture) | options
     with atomic(path) as temporary:
         picture.save(temporary, format=name, **options)
 
@@ -154,6 +226,41 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# What a file holds beside its pixels
+
+
+def _info(picture: Image.Image) -> dict[str, Any]:
+    """What a result keeps of its source, under the names of Image.info and Image.save: icc_profile, exif, dpi."""
+    info = {"icc_profile": picture.info.get("icc_profile"), "exif": _exif(picture), "dpi": _dpi(picture)}
+    return {name: value for name, value in info.items() if value}
+
+
+def _exif(picture: Image.Image) -> bytes | None:
+    """The EXIF of the photograph (camera, exposure, date, place), less what describes the old file.
+
+    That is its orientation, pixel dimensions, layout and thumbnail. None where there is none, or none that can be kept.
+    """
+    try:
+        source, kept = picture.getexif(), Image.Exif()
+        kept.update({tag: source[tag] for tag in _OF_THE_PHOTOGRAPH if tag in source})
+        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            tags = {tag: value for tag, value in source.get_ifd(ifd).items() if tag not in _OF_THE_OLD_FILE}
+            if tags:
+                kept[ifd] = tags
+        data = kept.tobytes() if len(kept) else None
+    except Exception:  # a broken tag raises anything, and must not cost the picture
+        return None
+    return data if data and len(data) <= _EXIF_BYTES else None
+
+
+def _dpi(picture: Image.Image) -> tuple[float, float] | None:
+    try:
+        x, y = map(float, picture.info["dpi"])
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return None
+    return (x, y) if 1 < x <= 65535 and 1 < y <= 65535 else None  # 1 is none in a TIFF, 65535 the most in a JPEG
+
+
 # Pictures taken apart
 
 
@@ -163,12 +270,13 @@ class Photo:
 
     color: Pillow image of mode L (gray), RGB, or F (gray, 0 .. 65535, from 16 bits)
     alpha: mode L, or None
-    icc: the ICC profile's bytes, or None
+    info: what a file keeps beside its pixels, as in Pillow's info: icc_profile, exif (less orientation, pixel
+        dimensions and thumbnail), dpi; each where there is one
     """
 
     color: Image.Image
     alpha: Image.Image | None = None
-    icc: bytes | None = None
+    info: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, picture: Image.Image) -> Photo:
@@ -177,29 +285,27 @@ class Photo:
         Palettes become RGB; CMYK and LAB become sRGB (through the picture's own profile where it has one,
         which is then spent). Raises ImageError for mode F, whose range is not known.
         """
-        icc = picture.info.get("icc_profile")
+        info = _info(picture)
         mode = picture.mode
         if mode in _GRAY_16:
             values = np.asarray(picture).astype(np.float32)
             if values.size and not 0 <= values.min() <= values.max() <= 65535:
                 got = f"{values.min():.0f} .. {values.max():.0f}"
                 raise ImageError(f"a picture of mode {mode} must hold 0 .. 65535: got {got}")
-            return cls(Image.fromarray(values), None, icc)
-        if mode == "F":
-            raise ImageError("a picture of mode F has no fixed range: scale it to 8 or 16 bits first")
+            return cls(Image.fromarray(values), None, info)
+        gray = _channels(mode) == 1
         if mode in ("CMYK", "LAB"):
-            return cls(_srgb(picture, icc))
-        gray = mode in ("1", "L", "LA", "La")
+            return cls(_srgb(picture, info.pop("icc_profile", None)), None, info)
         if mode in ("La", "RGBa"):  # multiplied by alpha
             picture = picture.convert("LA" if gray else "RGBA")
         alpha = _alpha(picture, "LA" if gray else "RGBA")
-        return cls(picture.convert("L" if gray else "RGB"), alpha, icc)
+        return cls(picture.convert("L" if gray else "RGB"), alpha, info)
 
     @classmethod
-    def read(cls, path: str | Path) -> Photo:
-        """`of` the picture in a file."""
-        with naming(path):
-            return cls.of(read(path))
+    def read(cls, file: str | os.PathLike | IO[bytes]) -> Photo:
+        """`of` the picture in a file; see `read`."""
+        with naming(file):
+            return cls.of(read(file))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -240,9 +346,15 @@ class Photo:
         picture = to_picture(values, self.levels)
         if self.alpha:
             picture.putalpha(self.alpha)
-        if self.icc:
-            picture.info["icc_profile"] = self.icc
+        picture.info.update(self.info)
         return picture
+
+
+def _channels(mode: str) -> int:
+    """Of the colours of a picture of Pillow's `mode`; ImageError for mode F, whose range is not known."""
+    if mode == "F":
+        raise ImageError("a picture of mode F has no fixed range: scale it to 8 or 16 bits first")
+    return 1 if mode in (*_GRAY, *_GRAY_16) else 3
 
 
 def _alpha(picture: Image.Image, mode: str) -> Image.Image | None:
@@ -292,6 +404,12 @@ def to_picture(values: torch.Tensor, levels: int = 255) -> Image.Image:
 def bicubic(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Pillow's BICUBIC (antialiased where it shrinks) to (width, height)."""
     return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def whole(size: Sequence[int], scale: float) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The largest size, at most `size`, that is whole at 1/scale, and what it is there; the order of sides is kept."""
+    a, b = (int(side / scale + 1e-9) for side in size)  # 66 / 1.1 falls short of 60
+    return (round(a * scale), round(b * scale)), (a, b)
 
 
 def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from . import image, noise, ops, weights
@@ -58,7 +58,7 @@ def upscale(
     trace: Trace | None = None,
     progress: bool = False,
 ) -> Image.Image | Spread:
-    """The picture `scale` times larger, in its mode (palettes become RGB), with its alpha and ICC profile.
+    """The picture `scale` times larger, in its mode (palettes become RGB), with its alpha, ICC profile, EXIF and dpi.
 
     Args:
         picture: Pillow's image of at least 2 x 2; a file's path, or a file opened in binary (its EXIF
@@ -210,18 +210,12 @@ def _photo(picture: Picture) -> image.Photo:
         return picture
     if isinstance(picture, Image.Image):
         return image.Photo.of(picture)
-    if isinstance(picture, str | os.PathLike):
-        return image.Photo.read(os.fspath(picture))
+    if isinstance(picture, str | os.PathLike) or hasattr(picture, "read"):
+        return image.Photo.read(picture)  # type: ignore[arg-type]
     if isinstance(picture, np.ndarray):
         if picture.dtype == np.uint8 and (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))):
             return image.Photo.of(Image.fromarray(picture))
         got = f"{picture.dtype} {list(picture.shape)}"
-    elif hasattr(picture, "read"):
-        try:
-            opened = ImageOps.exif_transpose(Image.open(picture))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise image.ImageError(f"not an image that Pillow can read: {error}") from error
-        return image.Photo.of(opened)
     else:
         got = type(picture).__name__
     raise TypeError(

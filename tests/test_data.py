@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from sr3fast import data
-from sr3fast.data import DataError, Order, Pictures, open_items
+from sr3fast.data import DataError, Order, Pictures, Skipped, open_items
 
 
 def picture(folder, name, size=(48, 40), seed=0, mode="RGB"):
@@ -93,6 +95,44 @@ def test_folder_of_pairs(tmp_path):
     assert torch.equal(x, as_tensor(source.resize((48, 40), Image.Resampling.BICUBIC)))
 
 
+def turned(folder, name, orientation, **options):
+    """A picture of 48 x 40 that a viewer turns."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole = picture(folder, name, **options)
+    whole.save(folder / name, exif=exif)
+    return whole
+
+
+def test_pairs_are_matched_after_the_exif_orientation(tmp_path):
+    stored = turned(tmp_path / "right" / "hr", "a.png", 6)
+    upright = stored.transpose(Image.Transpose.ROTATE_270)
+    (tmp_path / "right" / "lr").mkdir()
+    source = upright.resize((10, 12), Image.Resampling.BICUBIC)
+    source.save(tmp_path / "right" / "lr" / "a.png")
+    small, _, y = Pictures(open_items(tmp_path / "right"), crop=8).whole(0)
+    assert torch.equal(y, as_tensor(upright)) and torch.equal(small, as_tensor(source))
+    turned(tmp_path / "wrong" / "hr", "a.png", 6)
+    picture(tmp_path / "wrong" / "lr", "a.png", (12, 10))  # of the pixels as they are stored
+    with pytest.raises(DataError, match="got target 48 x 40, source 10 x 12"):
+        open_items(tmp_path / "wrong")
+
+
+def test_pairs_are_matched_again_when_they_are_decoded(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / "hr", name)
+        picture(tmp_path / "lr", name, (12, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    chunk = b"eXIf" + exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = (tmp_path / "hr" / "a.png").read_bytes()
+    (tmp_path / "hr" / "a.png").write_bytes(data[:-12] + chunk + data[-12:])  # behind the pixels: no header tells it
+    pictures = Pictures(open_items(tmp_path), crop=8)
+    with pytest.warns(Skipped, match="skipped a: .* got target 48 x 40, source 10 x 12"):
+        assert pictures.load(0)[0] is pictures.load(1)[0]
+
+
 def test_janspiry_folders_take_sr_as_x(tmp_path):
     target = picture(tmp_path / "hr_32", "00000.png", (32, 32))
     x = picture(tmp_path / "sr_8_32", "00000.png", (32, 32), seed=3)
@@ -143,6 +183,24 @@ def test_gray_is_repeated_and_other_channels_are_refused(tmp_path):
         Pictures(open_items(tmp_path / "rgb"), crop=8, channels=1)[0, 0]
 
 
+def test_channels_that_do_not_fit_are_told_at_the_start(tmp_path):
+    for name, mode in (("a.png", "L"), ("b.png", "RGB"), ("c.png", "L")):
+        picture(tmp_path, name, mode=mode)
+    np.save(tmp_path / "d.npy", np.zeros((2, 40, 48), np.uint8))
+    with pytest.warns(Skipped) as told:
+        pictures = Pictures(open_items(tmp_path), crop=8, channels=1)
+    assert [str(w.message).split("/")[-1] for w in told] == [
+        f"{name}: the network has 1 channels, the picture has {count}" for name, count in (("b.png", 3), ("d.npy", 2))
+    ]
+    assert len(pictures) == 2
+    pairs = tmp_path / "pairs"
+    for name, mode in (("a.png", "L"), ("b.png", "RGB")):
+        picture(pairs / "hr", name, mode="L")
+        picture(pairs / "lr", name, (12, 10), mode=mode)
+    with pytest.warns(Skipped, match="b: the network has 1 channels, the picture has 3"):
+        assert len(Pictures(open_items(pairs), crop=8, channels=1)) == 1
+
+
 def test_memory_is_bounded(folder):
     pictures = Pictures(open_items(folder), crop=8, memory=2 * 48 * 40 * 3)
     for index in (0, 1, 2, 0):
@@ -162,6 +220,37 @@ def test_broken_files_are_named_and_skipped(folder):
     assert pictures.load(1)[0] is pictures.load(2)[0]
 
 
+def test_broken_headers_are_named_and_skipped(folder):
+    (folder / "empty.npy").touch()
+    np.save(folder / "cut.npy", np.zeros((3, 40, 48), np.uint8))
+    (folder / "cut.npy").write_bytes((folder / "cut.npy").read_bytes()[:200])
+    np.save(folder / "flat.npy", np.zeros((40, 48), np.uint8))
+    np.save(folder / "long.NPY", np.zeros((3, 40, 48), np.int64))
+    (folder / "long.NPY.npy").rename(folder / "long.NPY")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 0, 0, 0, 0)  # more than Pillow's limit
+    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + bytes(4) + b"IDAT" + bytes(4)
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    with pytest.warns(Skipped) as told:
+        items = open_items(folder)
+    assert [item.name for item in items] == [str(folder / f"{i}.png") for i in range(3)]
+    assert {str(w.message).split("/")[-1].split(": ")[0] for w in told} == {
+        *("bomb.png", "empty.npy", "cut.npy", "flat.npy", "long.NPY"),
+    }
+    for name in ("empty.npy", "cut.npy"):
+        with pytest.raises(DataError, match=f"{name}: a broken array"):
+            open_items(folder / name)
+
+
+def test_values_out_of_range_are_skipped(tmp_path):
+    for name, value in (("a.npy", 2.0), ("b.npy", 0.5), ("c.npy", float("nan"))):
+        np.save(tmp_path / name, np.full((3, 16, 16), value))
+    pictures = Pictures(open_items(tmp_path), crop=8)
+    with pytest.warns(Skipped, match=r"a\.npy: float values must lie in \[-1, 1\]: got 2\.0 \.\. 2\.0"):
+        assert pictures.load(0)[0].max() == 0.5
+    with pytest.warns(Skipped, match=r"c\.npy: float values"):
+        assert pictures.load(2)[0].max() == 0.5
+
+
 def test_refusals(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures there"):
@@ -178,7 +267,7 @@ def test_refusals(tmp_path, folder):
     with pytest.raises(DataError, match="target 40 x 48, source 10 x 12"):
         open_items(tmp_path / "pairs", 2)
     np.save(tmp_path / "wide.npy", np.full((1, 3, 8, 8), 2.0))
-    with pytest.raises(DataError, match=r"float values must lie in \[-1, 1\]: got 2.0 .. 2.0"):
+    with pytest.warns(Skipped), pytest.raises(DataError, match=r"none of the 1 .* \[-1, 1\]: got 2.0 .. 2.0"):
         Pictures(open_items(tmp_path / "wide.npy"), crop=8)[0, 0]
     with pytest.raises(ValueError, match="scale must be more than 1: got 1"):
         Pictures(open_items(folder), scale=1)

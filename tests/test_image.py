@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, JpegImagePlugin
 
 from sr3fast import image
 
@@ -84,6 +84,14 @@ def test_reflect_pad(height, width, multiple):
     down, right = -height % multiple, -width % multiple
     expected = np.pad(values.numpy(), ((0, 0), (0, down), (0, right)), mode="reflect")
     assert np.array_equal(padded.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "large", "small"),
+    [((70, 66), 4, (68, 64), (17, 16)), ((66, 7), 1.1, (66, 7), (60, 6)), ((7, 19), 2.5, (5, 18), (2, 7))],
+)
+def test_whole(size, scale, large, small):
+    assert image.whole(size, scale) == (large, small)  # 66 / 1.1 is 59.99999999999999
 
 
 # Photos: modes
@@ -192,6 +200,89 @@ def test_icc_profile_survives_read_and_write(tmp_path):
     assert Image.open(tmp_path / "out.png").info["icc_profile"] == profile
 
 
+TAGS = ExifTags.Base
+
+
+def exif():
+    """Of a photograph that a camera turned: what is worth keeping, and what is of its file alone."""
+    made = Image.Exif()
+    made.update({TAGS.Model: "A camera", TAGS.DateTime: "2024:05:06 07:08:09", TAGS.Orientation: 6})
+    made.update({TAGS.ImageWidth: 9, TAGS.ImageLength: 7, TAGS.StripOffsets: 8})
+    old = {TAGS.ExifImageWidth: 9, TAGS.ExifImageHeight: 7, TAGS.MakerNote: b"\1" * 9}
+    made[ExifTags.IFD.Exif] = {TAGS.ExposureTime: 0.004} | old
+    made[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (50.0, 30.0, 1.5)}
+    return made
+
+
+@pytest.mark.parametrize("result", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("source", ["png", "jpg", "webp", "tif"])
+def test_exif_and_dpi_survive_less_what_is_of_the_old_file(tmp_path, source, result):
+    picture("RGB").save(tmp_path / f"in.{source}", exif=exif().tobytes(), dpi=(240, 200))
+    photo = image.Photo.read(tmp_path / f"in.{source}").resized((14, 18))
+    image.write(photo.with_color(photo.tensor()), tmp_path / f"out.{result}")
+    with Image.open(tmp_path / f"out.{result}") as made:
+        assert made.size == (14, 18)
+        kept = made.getexif()
+        assert kept[TAGS.Model] == "A camera" and kept[TAGS.DateTime] == "2024:05:06 07:08:09"
+        assert TAGS.Orientation not in kept
+        assert kept.get_ifd(ExifTags.IFD.Exif) == {TAGS.ExposureTime: 0.004}
+        assert kept.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] == (50.0, 30.0, 1.5)
+        assert not kept.get_ifd(ExifTags.IFD.IFD1)
+        if result == "tif":
+            assert (kept[TAGS.ImageWidth], kept[TAGS.ImageLength]) == (14, 18)
+        else:
+            assert not {TAGS.ImageWidth, TAGS.ImageLength, TAGS.StripOffsets} & kept.keys()
+        if "webp" not in (source, result):  # which holds none
+            assert made.info["dpi"] == pytest.approx((240, 200), abs=0.01)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "ppm", "tga"])
+def test_a_format_without_exif_is_written(tmp_path, suffix):
+    picture("RGB").save(tmp_path / "in.jpg", exif=exif(), dpi=(240, 200))
+    photo = image.Photo.read(tmp_path / "in.jpg")
+    image.write(photo.with_color(photo.tensor()), tmp_path / f"out.{suffix}")
+    assert image.read(tmp_path / f"out.{suffix}").size == (7, 9)
+
+
+def test_metadata_that_cannot_be_kept_does_not_cost_the_picture(tmp_path):
+    long, broken = picture("RGB"), picture("RGB")
+    made = exif()
+    made[ExifTags.IFD.Exif] = {TAGS.UserComment: bytes(70000)}  # more than a JPEG's 65533
+    long.info.update(exif=made.tobytes(), dpi=(float("nan"), 1e9))
+    broken.info["exif"] = b"Exif\0\0no TIFF"
+    for source in (long, broken):
+        photo = image.Photo.of(source)
+        assert photo.info == {}
+        image.write(photo.with_color(photo.tensor()), tmp_path / "out.jpg")
+        image.write(source, tmp_path / "out.jpg")
+
+
+def test_jpeg_and_webp_are_written_well(tmp_path):
+    source = picture("RGB", (64, 48))
+    for suffix, options in (("jpg", {"quality": 95, "subsampling": 0}), ("webp", {"quality": 95})):
+        image.write(source, tmp_path / f"x.{suffix}")
+        source.save(tmp_path / f"y.{suffix}", **options)
+        assert (tmp_path / f"x.{suffix}").read_bytes() == (tmp_path / f"y.{suffix}").read_bytes()
+        image.write(source, tmp_path / f"low.{suffix}", quality=30)
+        assert (tmp_path / f"low.{suffix}").stat().st_size < (tmp_path / f"x.{suffix}").stat().st_size
+    with Image.open(tmp_path / "x.jpg") as made:
+        assert JpegImagePlugin.get_sampling(made) == 0  # 4:4:4
+    image.write(picture("L"), tmp_path / "gray.jpg")
+    assert image.read(tmp_path / "gray.jpg").mode == "L"
+
+
+def test_suffixes_of_pictures(tmp_path):
+    known = Image.registered_extensions()
+    unknown = {s for s in image.SUFFIXES if s not in known or known[s] not in {*Image.OPEN, "MPO"}}  # opened as JPEG
+    assert unknown <= {".avif", ".webp", ".jp2", ".j2k"}, "not every build of Pillow has these"
+    assert not {".pdf", ".h5", ".mpg", ".eps"} & {*image.SUFFIXES}
+    (tmp_path / "deep" / "folder.png").mkdir(parents=True)
+    for name in ("b.JPG", "deep/a.png", "report.pdf", "data.h5", ".c.png", "x.npy"):
+        (tmp_path / name).touch()
+    assert [p.name for p in image.files(tmp_path)] == ["b.JPG", "a.png"]
+    assert [p.name for p in image.files(tmp_path, (".npy",))] == ["x.npy"]
+
+
 def test_lab_becomes_srgb():
     lab = Image.merge("LAB", [Image.new("L", (2, 2), v) for v in (255, 128, 128)])  # white: L* 100, a* = b* = 0
     assert np.asarray(image.Photo.of(lab).color).min() >= 252
@@ -217,6 +308,56 @@ def test_exif_orientation_is_honoured(tmp_path, orientation):
     assert np.array_equal(np.asarray(image.read(tmp_path / "turned.png")), expected)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_header_tells_the_size_that_read_gives(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture("RGB").save(tmp_path / f"turned.{suffix}", exif=exif)
+    size, channels = image.header(tmp_path / f"turned.{suffix}")
+    assert size == image.read(tmp_path / f"turned.{suffix}").size == ((7, 9) if orientation > 4 else (9, 7))
+    assert channels == 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16", "P", "RGB", "RGBA"])
+def test_a_header_tells_the_channels_that_a_photo_has(tmp_path, mode):
+    picture(mode).save(tmp_path / "x.png")
+    assert image.header(tmp_path / "x.png")[1] == len(image.Photo.read(tmp_path / "x.png").tensor())
+
+
+def test_a_header_is_read_without_the_pixels(tmp_path):
+    picture("RGB").save(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:60])
+    assert image.header(tmp_path / "x.png") == ((9, 7), 3)
+    Image.fromarray(np.zeros((3, 3), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(image.ImageError, match=r"f\.tif: a picture of mode F has no fixed range"):
+        image.header(tmp_path / "f.tif")
+
+
+class Stream:
+    """A file that cannot be rewound, as a connection is."""
+
+    def __init__(self, data):
+        self.read = io.BytesIO(data).read
+
+
+def test_files_that_are_open(tmp_path):
+    picture("RGB").save(tmp_path / "x.png")
+    expected, data = np.asarray(picture("RGB")), (tmp_path / "x.png").read_bytes()
+    with open(tmp_path / "x.png", "rb") as file:
+        for opened in (file, io.BytesIO(data), Stream(data), tmp_path / "x.png", str(tmp_path / "x.png")):
+            assert np.array_equal(np.asarray(image.read(opened)), expected)
+        assert not file.closed
+        file.read()
+        assert image.header(file) == ((9, 7), 3)
+    for bad, rule in ((b"", "0 bytes"), (data[:60], "cut short"), (b"hello", "not an image"), (bomb(12000), "parts")):
+        for opened in (io.BytesIO(bad), Stream(bad)):
+            with pytest.raises(image.ImageError, match=rule):
+                image.Photo.read(opened)
+    with open(tmp_path / "x.png") as text, pytest.raises(TypeError, match="opened in binary"):
+        image.read(text)
+
+
 def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(image.ImageError, match=r"text\.png: not an image"):
@@ -239,6 +380,23 @@ def test_a_truncated_file_is_refused(tmp_path, suffix):
     with pytest.raises(image.ImageError) as error:
         image.read(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pixel_format_that_pillow_does_not_know_is_refused(tmp_path):
+    header = struct.pack("<31I", 124, 0x1007, 4, 4, 0, 0, 0, *[0] * 11, 32, 0x80000000, *[0] * 11)
+    (tmp_path / "x.dds").write_bytes(b"DDS " + header + bytes(64))
+    with pytest.raises(image.ImageError, match=r"x\.dds: cut short or broken \(Unknown pixel format"):
+        image.read(tmp_path / "x.dds")
+
+
+def test_a_picture_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+    def full(self):
+        raise MemoryError
+
+    picture("RGB").save(tmp_path / "x.bmp")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(image.ImageError, match=r"x\.bmp: too large for this machine's memory"):
+        image.read(tmp_path / "x.bmp")
 
 
 def bomb(side):

@@ -240,8 +240,8 @@ def test_a_picture_in_memory():
     file.seek(0)
     turned = picture.transpose(Image.Transpose.ROTATE_270)
     assert np.array_equal(array(upscale(file, m)), array(upscale(turned, m)))
-    for broken in (b"no picture", file.getvalue()[:200]):
-        with pytest.raises(image.ImageError, match="not an image that Pillow can read"):
+    for broken, rule in ((b"no picture", "not an image that Pillow"), (file.getvalue()[:200], "cut short or broken")):
+        with pytest.raises(image.ImageError, match=rule):
             upscale(io.BytesIO(broken), m)
     for other, got in (
         (np.zeros((8, 8, 3), np.float32), r"float32 \[8, 8, 3\]"),
