@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sr3fast import image
+from sr3fast import image, weights
 from sr3fast.training import TrainConfig, train
 
 HELD_OUT = ("astronaut", "chelsea", "coffee")
@@ -135,7 +135,7 @@ def configuration(out: Path, pictures: Path, **changes: object) -> TrainConfig:
         clip=1.5,
         beta_end=5e-3,
         optimizer="adamw",
-        lr=1e-3,
+        lr=6e-4,
         betas=(0.9, 0.99),
         weight_decay=0.01,
         warmup=300,
@@ -150,10 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--more", type=Path, default=Path("more"), help="folder of the downloaded photographs")
-    parser.add_argument("--init", type=Path, help="weights to begin with")
+    parser.add_argument("--init", help="weights to begin with: a name that ships, or a folder")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--iterations", type=int, default=4000)
-    parser.add_argument("--cooldown", type=int, default=1500, help="last iterations, over which lr falls to 0")
+    parser.add_argument("--iterations", type=int, default=6000)
+    parser.add_argument("--cooldown", type=int, default=2000, help="last iterations, over which lr falls to 0")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     pictures = args.out / "pictures"
@@ -163,12 +163,12 @@ def main() -> None:
         configuration(
             args.out,
             pictures,
-            init=args.init,
             resume=args.resume,
             iterations=args.iterations,
             cooldown=args.cooldown,
             device=args.device,
-        )
+        ),
+        start=None if args.init is None else weights.load(args.init),
     )
 
 

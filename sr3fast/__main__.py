@@ -6,12 +6,11 @@ import contextlib
 import glob
 import json
 import pickle
-import re
 import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +29,7 @@ class Weights:
     weights: str = "photo-x4"
     """Weights that ship, a folder with config.json and model.safetensors, or Janspiry's *_gen.pth."""
     config: str | None = None
-    """The config of a Janspiry checkpoint where it cannot be inferred, by name: sr_sr3_64_512."""
+    """The config of a Janspiry checkpoint, where it cannot be inferred: a name (sr_sr3_64_512) or a JSON file."""
     scale: float | None = None
     """Enlargement; by default the weights' own."""
     steps: int | None = None
@@ -73,19 +72,24 @@ class Weights:
         )
 
     def model(self) -> Model:
-        from . import weights
+        return _model(self.weights, self.config, self.scale)
 
-        if not (Path(self.weights).is_file() or Path(f"{self.weights}_gen.pth").is_file()):
-            if self.config is not None:
-                raise ValueError("--config is for Janspiry's checkpoints: these weights bring their own")
-            return weights.load(self.weights)
+
+def _model(name: str, config: str | None, scale: float | None) -> Model:
+    """The weights of a name that ships, a folder, or a checkpoint of Janspiry's code."""
+    if _is_janspirys(name):
         from .compat import janspiry
 
-        unet, schedule = janspiry.load(self.weights, config=self.config)
-        level = "t" if unet.variant == "ddpm" else "sqrt_gamma"
-        sides = re.search(r"_(\d+)_(\d+)$", Path(self.config).stem if self.config else "")  # sr_sr3_16_128
-        scale = int(sides[2]) / int(sides[1]) if sides else self.scale
-        return weights.Model(unet, schedule, scale=scale, level=level)
+        return janspiry.model(name, config, scale)
+    from . import weights
+
+    if config is not None:
+        raise ValueError("--config is for Janspiry's checkpoints: these weights bring their own")
+    return weights.load(name)
+
+
+def _is_janspirys(name: str) -> bool:
+    return Path(name).is_file() or Path(f"{name}_gen.pth").is_file()
 
 
 # ---------------------------------------------------------------------------------------- upscale
@@ -285,9 +289,9 @@ class Evaluate(Weights):
     """Measure results against the truth, beside bicubic: PSNR, SSIM, consistency and power spectrum.
 
     Without --source the sources are made from the truth, by bicubic. With --result finished pictures are
-    measured, whoever made them, and no network runs. Pictures of two folders belong together by their names.
-    A picture that cannot be measured, or has no partner, is reported and passed over, and the exit code at the
-    end is 2.
+    measured, whoever made them, and no network runs: --source, or --scale, tells how much they were enlarged.
+    Pictures of two folders belong together by their names. A picture that cannot be measured, or has no partner,
+    is reported and passed over, and the exit code at the end is 2.
     """
 
     truth: Path
@@ -299,7 +303,7 @@ class Evaluate(Weights):
     limit: int | None = None
     """Measure the first so many."""
     bits: int | None = None
-    """Also the variational bound in bits a dimension, from so many noise levels (T of them: exactly)."""
+    """Also the variational bound in bits a dimension, from so many noise levels, 2 to T (T of them: exactly)."""
     json: Path | None = None
     """Also write the numbers here."""
 
@@ -312,12 +316,13 @@ def evaluate(options: Evaluate) -> int:
         with _writing(options.json):
             check_writable(options.json)
     upscaler = options.open() if options.result is None or options.bits is not None else None
+    scale = options.scale if upscaler is None else upscaler.scale
     found = evaluate(
         options.truth,
         upscaler,
         source=options.source,
         result=options.result,
-        scale=options.scale or 4.0,
+        scale=_scale_of(options.truth, options.source) if scale is None else scale,
         seed=options.seed,
         limit=options.limit,
         bits=options.bits,
@@ -331,6 +336,24 @@ def evaluate(options: Evaluate) -> int:
         with _writing(options.json), atomic(options.json) as temporary:
             temporary.write_text(json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n")
     return _failures(len(found.failed), len(found.failed) + len(found.scores), "measured")
+
+
+def _scale_of(truth: Path, source: Path | None) -> float:
+    """How much larger than its source the first truth is that can be read: whole, where it need only be cut."""
+    from .evaluation import pictures
+    from .image import ImageError
+
+    if source is None:
+        raise ValueError("--result needs --scale, or --source to tell it from: how much the pictures were enlarged")
+    truths, sources = pictures(truth), pictures(source)
+    pairs = [(truths[name], sources[name]) for name in truths if name in sources]
+    for pair in pairs or zip(truths.values(), sources.values(), strict=False):
+        with contextlib.suppress(ImageError):
+            high, low = (_read(path).size for path in pair)
+            scale = min(a / b for a, b in zip(high, low, strict=True))
+            whole = int(scale)
+            return whole if all(a - whole * b < whole for a, b in zip(high, low, strict=True)) else scale
+    raise ValueError(f"no picture of {source} can be read: give --scale")
 
 
 # ----------------------------------------------------------------------------- the other commands
@@ -352,33 +375,42 @@ def info(options: Info) -> int:
 def _train() -> tuple[type, Callable[[Any], Any]]:
     from .training import TrainConfig, TrainingError, train
 
-    def run(config: TrainConfig) -> int:
+    @dataclass(frozen=True, kw_only=True)
+    class Train(TrainConfig):
+        __doc__ = TrainConfig.__doc__
+
+        init: str | None = None
+        """Weights to begin with: a name that ships, a folder, or Janspiry's *_gen.pth."""
+        config: str | None = None
+        """The config of a Janspiry checkpoint, where it cannot be inferred: a name (sr_sr3_64_512) or a JSON file."""
+
+    def run(options: Train) -> int:
+        run = TrainConfig(**{f.name: getattr(options, f.name) for f in fields(TrainConfig)})
+        if options.init is None and options.config is not None:
+            raise ValueError("--config is for a checkpoint of Janspiry's that --init names")
         try:
             with _notices():
-                train(config, *_begin(config.init, config.scale))
+                train(run, *_begin(options.init, options.config, options.scale))
         except TrainingError as error:
             raise ValueError(str(error)) from error
         return 0
 
-    return TrainConfig, run
+    return Train, run
 
 
-def _begin(path: Path | None, scale: float) -> tuple[Any, Any]:
+def _begin(init: str | None, config: str | None, scale: float | None) -> tuple[Model | None, Any]:
     """The model, and Adam's state where there is one, that --init names."""
-    if path is None:
+    if init is None:
         return None, None
-    from . import weights
+    model = _model(init, config, scale)
+    if not _is_janspirys(init):
+        return model, None
     from .compat import janspiry
 
-    if path.is_dir() or str(path) in weights.shipped():
-        return weights.load(path), None
-    unet, schedule = janspiry.load(path)
-    level = "t" if unet.variant == "ddpm" else "sqrt_gamma"
     try:
-        moments = janspiry.moments(path)
+        return model, janspiry.moments(init)
     except FileNotFoundError:
-        moments = None
-    return weights.Model(unet, schedule, scale=scale, level=level), moments
+        return model, None
 
 
 COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable[[Any], Any]]]]] = {

@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import image, metrics
+from .bound import variational_bound
 from .image import ImageError, Photo
-from .training import variational_bound
 from .upscaling import Upscaler
 
 __all__ = ["BICUBIC", "RESULT", "Evaluation", "Scores", "evaluate", "pictures", "stems"]
@@ -91,7 +91,7 @@ def evaluate(
     *,
     source: str | Path | None = None,
     result: str | Path | None = None,
-    scale: float = 4.0,
+    scale: float | None = None,
     seed: int = 0,
     limit: int | None = None,
     bits: int | None = None,
@@ -106,10 +106,10 @@ def evaluate(
         source: the low-resolution pictures, by the truth's names; by default the truth is shrunk by bicubic.
         result: finished pictures, by the truth's names; no network runs. Of the truth's size, before or after
             it is cut.
-        scale: how much finished pictures were enlarged; an upscaler brings its own.
+        scale: how much finished pictures were enlarged; an upscaler brings its own, and needs none.
         seed: of every picture.
         limit: measure the first so many.
-        bits: also the variational bound, from so many noise levels (T of them: exactly); needs an upscaler.
+        bits: also the variational bound, from so many noise levels, 2 to T (T of them: exactly); needs an upscaler.
         progress: show a bar over the pictures.
 
     Raises:
@@ -124,6 +124,8 @@ def evaluate(
     if bits is not None:
         _check_bits(upscaler, bits)
     scale = scale if upscaler is None else upscaler.scale
+    if scale is None or not scale >= 1:
+        raise ValueError(f"finished pictures need scale, at least 1, how much they were enlarged: got {scale}")
     truths = pictures(truth)
     sources = _partners(truths, source)
     results = _partners(truths, result)
@@ -165,8 +167,7 @@ def pictures(path: str | Path) -> dict[str, Path]:
         return {path.stem: path}
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    known = Image.registered_extensions()
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
+    files = image.files(path)
     if not files:
         raise ValueError(f"{path}: no pictures in this folder")
     names = stems([p.relative_to(path) for p in files])
@@ -206,10 +207,10 @@ def _color(path: Path) -> Photo:
 def _pair(path: Path, high: Photo, source: Path | None, scale: float) -> tuple[Photo, Photo]:
     """The truth, cut to a whole multiple of its source, and the source: read, or made by bicubic."""
     if source is None:
-        small = (int(high.size[0] / scale), int(high.size[1] / scale))
+        size, small = image.whole(high.size, scale)
         if min(small) < 2:
             raise ImageError(f"{_by(high.size)} is too small to be a truth", path)
-        high = _cut(high, (round(small[0] * scale), round(small[1] * scale)))
+        high = _cut(high, size)
         low = high.resized(small)
         return high, Photo.of(low.with_color(low.tensor()))  # as a file would hold it: bicubic overshoots
     low = _color(source)
@@ -259,8 +260,9 @@ def _check_bits(upscaler: Upscaler | None, bits: int) -> None:
         raise ValueError("bits needs an upscaler: the bound is of its network")
     if upscaler.model.target.kind != "image":
         raise ValueError("bits needs weights whose target is the image: a residual is on no 256 levels")
-    if not 1 <= bits <= upscaler.model.schedule.T:
-        raise ValueError(f"bits must lie in 1..T = {upscaler.model.schedule.T}: got {bits}")
+    T = upscaler.model.schedule.T
+    if not min(2, T) <= bits <= T:
+        raise ValueError(f"bits must lie in {min(2, T)}..T = {T}: got {bits}")
 
 
 def _bits(upscaler: Upscaler, high: Photo, low: Photo, bits: int, seed: int) -> float:
@@ -270,8 +272,7 @@ def _bits(upscaler: Upscaler, high: Photo, low: Photo, bits: int, seed: int) -> 
         image.reflect_pad(p.tensor(upscaler.channels)[None], model.unet.multiple).to(upscaler.device)
         for p in (low.resized(high.size), high)
     )
-    steps = [1 + round(i * (model.schedule.T - 1) / max(1, bits - 1)) for i in range(bits)]
-    return variational_bound(upscaler.tiled, x, y_0, model.schedule, seed, level=model.level, steps=steps)["bits"]
+    return variational_bound(upscaler.tiled, x, y_0, model.schedule, seed, level=model.level, steps=bits)["bits"]
 
 
 def _mean(values: Iterable[float | None]) -> Any:

@@ -13,9 +13,13 @@ import gc
 import json
 import math
 import os
+import pickle
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,10 +37,14 @@ from .data import Order, Pictures, open_items
 from .sampler import Sampler, find_device
 from .schedule import Schedule
 from .unet import UNet
-from .weights import Model, Target, save
+from .weights import Model, Structure, Target, save
 
 CHECKPOINT, EXPORT, LOG, SHEET = "checkpoint.pt", "model", "log.jsonl", "contact_sheet.png"
 
+# the model's options, and what they are where a run begins with none; checked against the model that there is
+FRESH: dict[str, Any] = dict(scale=4.0, channels=32, multipliers=(1, 2, 4, 4), blocks=2, attention=(), groups=8)
+FRESH |= dict(dropout=0.0, image_channels=3, variant="sr3", target="image", k=1.0, clip=1.0, level="sqrt_gamma")
+FRESH |= dict(schedule="linear", T=2000, beta_start=1e-6, beta_end=1e-2)
 # what may differ between a run and its resumption
 FREE = {"data", "out", "resume", "iterations", "cooldown", "save_every", "log_every", "device", "workers"}
 FREE |= {"threads", "compile", "capture", "tensorboard", "validation", "validate_every", "validation_steps"}
@@ -50,38 +58,41 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run; the flags of `sr3fast train`."""
+    """A training run; the flags of `sr3fast train`.
+
+    The options of the model are by default those of the weights that the run begins with or resumes, and one that
+    is given must agree with them; new weights have what stands behind "new".
+    """
 
     data: Path  # folder of pictures, of hr/ and lr/, Janspiry's folders or LMDB, or a .npy [N, C, H, W]
     out: Path  # folder of the run: checkpoint.pt, model/, log.jsonl
     resume: bool = False  # go on from the checkpoint in `out`
-    init: Path | None = None  # weights to begin with (their network and task): a folder, or Janspiry's _gen.pth
     iterations: int = 100_000  # optimizer steps in all, those before --resume included
     batch_size: int = 16  # of one rank and iteration, micro-batches included
     crop: int = 64  # side of a training crop, in pixels of the target
-    scale: float = 4.0  # how many times smaller the source is
     lr: float = 1e-4  # learning rate at its highest
     seed: int = 0  # of weights, order, augmentation, noise
     device: str = "auto"  # auto: cuda where there is one, else cpu
     save_every: int = 1000  # iterations between checkpoints
 
-    channels: int = 32  # network: width of the first level (SR3's: 64)
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # network: of the width, a level (SR3's 16 -> 128: 1 2 4 8 8)
-    blocks: int = 2  # network: residual blocks a level
-    attention: tuple[int, ...] = ()  # network: resolutions with attention, counted from the crop's side
-    groups: int = 8  # network: of the norms (SR3's: 32)
-    dropout: float = 0.0  # network (SR3's 16 -> 128: 0.2)
-    image_channels: int = 3  # network: of the pictures
-    variant: str = "sr3"  # network: sr3, told a continuous noise level; ddpm, an integer t
+    scale: float | None = None  # model: how many times smaller the source is (new: 4)
+    channels: int | None = None  # model: width of the first level (new: 32; SR3's: 64)
+    multipliers: tuple[int, ...] | None = None  # model: of the width, a level (new: 1 2 4 4; SR3's: 1 2 4 8 8)
+    blocks: int | None = None  # model: residual blocks a level (new: 2)
+    attention: tuple[int, ...] | None = None  # model: resolutions with attention, from the crop's side on (new: none)
+    groups: int | None = None  # model: of the norms (new: 8; SR3's: 32)
+    dropout: float | None = None  # model: share of what it leaves out (new: 0; SR3's 16 -> 128: 0.2)
+    image_channels: int | None = None  # model: of the pictures (new: 3)
+    variant: str | None = None  # model: sr3, told a continuous noise level (new), or ddpm, an integer t
+    target: str | None = None  # model: what y_0 is: image, SR3's own (new), or residual, clip(k (image - x)), SRDiff's
+    k: float | None = None  # model: of a residual (new: 1)
+    clip: float | None = None  # model: bound on a residual (new: 1)
+    schedule: str | None = None  # model: of beta: linear (new), quad, warmup10, warmup50, const, cosine
+    T: int | None = None  # model: steps of the schedule (new: 2000)
+    beta_start: float | None = None  # model: the first beta (new: 1e-6)
+    beta_end: float | None = None  # model: the last beta (new: 1e-2)
+    level: str | None = None  # model: what it is told: sqrt_gamma (new), gamma, or t (variant ddpm)
 
-    target: str = "image"  # what y_0 is: image, SR3's own; residual, clip(k (image - x)), SRDiff's
-    k: float = 1.0  # of a residual
-    clip: float = 1.0  # bound on a residual
-    schedule: str = "linear"  # of beta: linear, quad, warmup10, warmup50, const, cosine
-    T: int = 2000  # steps of the schedule
-    beta_start: float = 1e-6  # the first beta
-    beta_end: float = 1e-2  # the last beta
-    level: str = "sqrt_gamma"  # what the network is told: sqrt_gamma, gamma, or t (variant ddpm)
     p_gamma: str = "gamma"  # uniform between its neighbours in gamma (the paper) or sqrt_gamma (Janspiry)
     t_per: str = "sample"  # sample, or batch: one t for the whole batch, as Janspiry's code
     p: int = 2  # of the loss |eps_hat - eps|^p: 1 or 2
@@ -109,20 +120,10 @@ class TrainConfig:
     tensorboard: bool = False  # write scalars and samples to out/tensorboard
 
     def __post_init__(self) -> None:
-        for name in (
-            "iterations",
-            "batch_size",
-            "crop",
-            "save_every",
-            "accumulate",
-            "T",
-            "log_every",
-            "validate_every",
-        ):
+        for name in ("iterations", "batch_size", "crop", "save_every", "accumulate", "log_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
         for name, choices in (
-            ("level", ("sqrt_gamma", "gamma", "t")),
             ("p_gamma", ("gamma", "sqrt_gamma")),
             ("t_per", ("sample", "batch")),
             ("optimizer", tuple(OPTIMIZERS)),
@@ -133,10 +134,6 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate must divide the batch: got batch_size={self.batch_size}, accumulate={self.accumulate}"
-            )
-        if self.crop % 2 ** (len(self.multipliers) - 1):
-            raise ValueError(
-                f"the crop must be a multiple of 2^(levels - 1) = {2 ** (len(self.multipliers) - 1)}: got {self.crop}"
             )
         if not self.lr > 0 or not 0 <= self.ema < 1:
             raise ValueError(f"lr must be above 0 and ema in [0, 1): got lr={self.lr}, ema={self.ema}")
@@ -200,8 +197,10 @@ class Ranks:
 class Trainer:
     """Network, optimizer, EMA and the place in the data of one run, on one rank.
 
-    config: the run; start: weights to begin with (their network, schedule, target and level are then the
-    run's); moments: Adam's state by parameter name, {"step", "exp_avg", "exp_avg_sq"}.
+    config: the run; start: weights to begin with; moments: Adam's state by parameter name, {"step", "exp_avg",
+    "exp_avg_sq"}. With config.resume it stands where its checkpoint does, and the weights are the checkpoint's.
+
+    ValueError: options that contradict the weights, or a checkpoint that is damaged or of another configuration.
     """
 
     def __init__(
@@ -212,11 +211,17 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.iteration = config, Ranks(), 0
         self.device = _device(config.device, self.ranks.local)
-        torch.manual_seed(config.seed)
-        if start is None:
-            start = fresh(config)
-        self.model = start
-        self.unet = start.unet.to(self.device, torch.float32).train()
+        if config.resume and start is not None:
+            raise ValueError("a resumed run has its checkpoint's weights: leave out start (--init), or resume")
+        state = _read(config, self.ranks.world) if config.resume else None
+        if state is not None:
+            start = _described(state["description"])
+        self.model = fresh(config) if start is None else _agreeing(config, start)
+        if config.crop % self.model.unet.multiple:
+            raise ValueError(
+                f"the crop must be a multiple of 2^(levels - 1) = {self.model.unet.multiple}: got {config.crop}"
+            )
+        self.unet = self.model.unet.to(self.device, torch.float32).train().requires_grad_(True)
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.parameters: list[Tensor] = list(self.unet.parameters())
@@ -238,6 +243,8 @@ class Trainer:
             if self.device.type != "cuda" or self.ranks.world > 1 or config.accumulate > 1:
                 raise ValueError("capture needs a CUDA device, one rank and accumulate=1")
             self.loss = Captured(self._loss, self.parameters)
+        if state is not None:
+            self._restore(state)
 
     def _set_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
         state = {}
@@ -276,7 +283,8 @@ class Trainer:
         self.optimizer.step()
         self.iteration += 1
         decay = min(config.ema, (1 + self.iteration) / (10 + self.iteration))
-        torch._foreach_lerp_(list(self.averaged.parameters()), self.parameters, 1 - decay)
+        with torch.no_grad():  # else each iteration leaves its nodes in a graph without end
+            torch._foreach_lerp_(list(self.averaged.parameters()), self.parameters, 1 - decay)
         return loss
 
     def _inputs(self, x: Tensor, picture: Tensor, first: int) -> tuple[Tensor, ...]:
@@ -322,6 +330,19 @@ class Trainer:
             loss.backward()
         return loss.detach()
 
+    def pictures(self, data: Path, augment: str) -> Pictures:
+        """What is in `data`, as the network takes it."""
+        config, scale = self.config, self.model.scale
+        assert scale is not None  # see _agreeing
+        return Pictures(
+            open_items(data, scale),
+            crop=config.crop,
+            scale=scale,
+            channels=self.model.unet.out_channels,
+            augment=augment,
+            seed=config.seed,
+        )
+
     def batches(self, pictures: Pictures) -> Iterator[Any]:
         """Micro-batches (x, image) of this rank from the present iteration on, without end."""
         config, ranks = self.config, self.ranks
@@ -340,6 +361,7 @@ class Trainer:
                 sampler=order,
                 num_workers=config.workers,
                 pin_memory=self.device.type == "cuda",
+                worker_init_fn=_ignore_interrupts,
                 # the loader draws a seed for its workers: not from the generator that dropout uses
                 generator=torch.Generator().manual_seed(config.seed),
             )
@@ -363,6 +385,7 @@ class Trainer:
             return
         state = {
             "config": _plain(self.config),
+            "description": _description(self.model),
             "iteration": self.iteration,
             "model": self.unet.state_dict(),
             "ema": self.averaged.state_dict(),
@@ -380,21 +403,7 @@ class Trainer:
                 f"the last good checkpoint is {path if path.exists() else 'none yet'}"
             ) from error
 
-    def resume(self) -> None:
-        """Go on from out/checkpoint.pt. ValueError where that is of another configuration."""
-        path = Path(self.config.out) / CHECKPOINT
-        if not path.exists():
-            raise FileNotFoundError(f"nothing to resume: {path} does not exist (leave out --resume to start)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        ours = _plain(self.config)
-        for name in sorted(set(ours) - FREE):
-            if ours[name] != state["config"].get(name):
-                raise ValueError(
-                    f"{path} was trained with {name}={state['config'].get(name)!r}, not {ours[name]!r}: "
-                    "give the same flags, or another --out"
-                )
-        if len(state["rng"]) != self.ranks.world:
-            raise ValueError(f"{path} was trained on {len(state['rng'])} ranks, not {self.ranks.world}: start as many")
+    def _restore(self, state: dict[str, Any]) -> None:
         self.unet.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -442,26 +451,56 @@ class Captured:
 
 
 def fresh(config: TrainConfig) -> Model:
-    """A model with random weights, as the configuration describes it."""
+    """A model with random weights, of config.seed, as the configuration describes it."""
+    torch.manual_seed(config.seed)
+    o = FRESH | _given(config)
     unet = UNet(
-        channels=config.channels,
-        multipliers=config.multipliers,
-        blocks=config.blocks,
-        attention=config.attention,
-        groups=config.groups,
-        dropout=config.dropout,
+        channels=o["channels"],
+        multipliers=o["multipliers"],
+        blocks=o["blocks"],
+        attention=o["attention"],
+        groups=o["groups"],
+        dropout=o["dropout"],
         image_size=config.crop,
-        in_channels=2 * config.image_channels,
-        out_channels=config.image_channels,
-        variant=config.variant,
+        in_channels=2 * o["image_channels"],
+        out_channels=o["image_channels"],
+        variant=o["variant"],
     )
-    return Model(
-        unet,
-        Schedule.named(config.schedule, config.T, config.beta_start, config.beta_end),
-        Target(config.target, config.k, config.clip),
-        config.scale,
-        config.level,
-    )
+    schedule = Schedule.named(o["schedule"], o["T"], o["beta_start"], o["beta_end"])
+    return Model(unet, schedule, Target(o["target"], o["k"], o["clip"]), o["scale"], o["level"])
+
+
+def _given(config: TrainConfig) -> dict[str, Any]:
+    """The options of the model that are not left to the weights."""
+    return {name: value for name in FRESH if (value := getattr(config, name)) is not None}
+
+
+def _agreeing(config: TrainConfig, model: Model) -> Model:
+    """The model, its scale known. ValueError where an option that is given is not the model's."""
+    network, schedule, given = model.unet.config, model.schedule.config, _given(config)
+    # attention is counted from the crop's side, wherever the model counts from
+    sides = [config.crop // 2**i for i in range(len(network["multipliers"]))]
+    if "attention" in given:
+        given["attention"] = tuple(side for side in sides if side in given["attention"])
+    has = network | {
+        "attention": tuple(sides[i] for i in Structure.of_config(network).attention),
+        "image_channels": network["out_channels"],
+        "scale": model.scale or config.scale,
+        "target": model.target.kind,
+        "k": model.target.k,
+        "clip": model.target.clip,
+        "schedule": schedule.get("name", "betas of its own"),
+        "T": model.schedule.T,
+        "beta_start": model.schedule.betas[0].item(),
+        "beta_end": model.schedule.betas[-1].item(),
+        "level": model.level,
+    }
+    for name, value in given.items():
+        if value != has[name]:
+            raise ValueError(f"{name} must be that of the weights, {has[name]!r}, or left out: got {value!r}")
+    if has["scale"] is None:
+        raise ValueError("these weights do not say how much they enlarge: give the scale")
+    return replace(model, scale=has["scale"])
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
@@ -481,37 +520,39 @@ def train(
 ) -> Model:
     """Train as `config` says, on every rank that torchrun started; returns the averaged model.
 
-    start, moments: weights and Adam's state to begin with (see Trainer), from `weights.load` or
-    `compat.janspiry`.
+    start, moments: weights and Adam's state to begin with (see Trainer), from `weights.load`, or from
+    `compat.janspiry.model` and `moments`.
+
+    SIGINT and SIGTERM take effect after the iteration, which is saved first (alone, in the main thread); a second
+    one at once.
 
     Raises:
-        DataError: data that cannot be trained on, before anything is built.
-        ValueError: a configuration that cannot be, a device that is not there, or a checkpoint of another
-            configuration.
-        FileExistsError, FileNotFoundError: `out` holds a run and resume is off; resume is on and it holds
-        none. TrainingError: the loss is not finite, a checkpoint cannot be written, a rank died.
+        DataError: data that cannot be trained on, before anything is written.
+        ValueError: a configuration that cannot be or contradicts the weights, a device that is not there, or a
+            checkpoint that is damaged or of another configuration.
+        FileExistsError: `out` holds a run, and resume is off.
+        FileNotFoundError: it holds none, and resume is on.
+        TrainingError: the loss is not finite, a checkpoint cannot be written, a rank died.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    pictures = _pictures(config, config.data, config.augment)
-    held_out = None if config.validation is None else _pictures(config, config.validation, "none")
     out = Path(config.out)
     if (out / CHECKPOINT).exists() and not config.resume:
         raise FileExistsError(f"{out} holds a run: give --resume to go on with it, or another --out")
+    if config.warmup > config.iterations:
+        warnings.warn(
+            f"the run ends within its warmup, and lr never reaches {config.lr:g}: got iterations={config.iterations}, "
+            f"warmup={config.warmup}",
+            stacklevel=2,
+        )
     with _process_group(config):
-        return _run(config, pictures, held_out, start, moments)
+        return _run(config, start, moments)
 
 
-def _run(
-    config: TrainConfig,
-    pictures: Pictures,
-    held_out: Pictures | None,
-    start: Model | None,
-    moments: dict[str, dict[str, Tensor]] | None,
-) -> Model:
+def _run(config: TrainConfig, start: Model | None, moments: dict[str, dict[str, Tensor]] | None) -> Model:
     trainer = Trainer(config, start, moments)
-    if config.resume:
-        trainer.resume()
+    pictures = trainer.pictures(config.data, config.augment)
+    held_out = None if config.validation is None else trainer.pictures(config.validation, "none")
     Path(config.out).mkdir(parents=True, exist_ok=True)
     _guarded(trainer, pictures, held_out)
     return trainer.averaged_model()
@@ -519,7 +560,8 @@ def _run(
 
 def _guarded(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> None:
     try:
-        _loop(trainer, pictures, held_out)
+        with _between_iterations(trainer.ranks.world) as signals:
+            _loop(trainer, pictures, held_out, signals)
     except RuntimeError as error:
         if trainer.ranks.world > 1 and not isinstance(error, TrainingError) and _is_lost_rank(error):
             raise TrainingError(
@@ -529,7 +571,38 @@ def _guarded(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) ->
         raise
 
 
-def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> None:
+@contextlib.contextmanager
+def _between_iterations(world: int) -> Iterator[list[int]]:
+    """The list of SIGINT and SIGTERM as they come; at the end they strike as they would have. A second one strikes
+    at once. With several ranks all do: they would not save at the same iteration.
+    """
+    signals: list[int] = []
+    handlers: dict[int, Any] = {}
+    if world == 1 and threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+
+    def note(number: int, frame: object) -> None:
+        signals.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield signals
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in signals:
+        signal.raise_signal(number)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """A process that loads data: Ctrl-C is for the one that trains, which may still need a batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signals: list[int]) -> None:
     config, out = trainer.config, Path(trainer.config.out)
     leader = trainer.ranks.rank == 0
     batches = trainer.batches(pictures)
@@ -537,14 +610,13 @@ def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> No
     writer = _tensorboard(out) if config.tensorboard and leader else None
     bar = tqdm(total=config.iterations, initial=trainer.iteration, disable=None if leader else True, unit="it")
     losses, since = [], time.perf_counter()
-    while trainer.iteration < config.iterations:
+    while trainer.iteration < config.iterations and not signals:
         losses.append(trainer.step(batches))
         i = trainer.iteration
         bar.update()
         if i % config.log_every == 0 or i == config.iterations:
             seconds = time.perf_counter() - since
             entry = {
-                "iteration": i,
                 "loss": sum(losses) / len(losses),
                 "lr": learning_rate(config, i - 1),
                 "images_per_second": len(losses) * images / seconds,
@@ -552,53 +624,72 @@ def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> No
             losses, since = [], time.perf_counter()
             bar.set_postfix(loss=f"{entry['loss']:.4f}", images_s=f"{entry['images_per_second']:.1f}")
             if leader:
-                with open(out / LOG, "a", encoding="utf-8") as log:
-                    log.write(json.dumps(entry) + "\n")
-            if writer:
-                for name, value in entry.items():
-                    writer.add_scalar(f"train/{name}", value, i)
+                _log(out, i, entry, "train", writer)
         if i % config.save_every == 0 or i == config.iterations:
             trainer.save()
-        if held_out and leader and (i % config.validate_every == 0 or i == config.iterations):
-            scores, rows = validate(trainer.averaged_model(), held_out, config.validation_steps)
-            tqdm.write(f"iteration {i}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-            if writer:
-                for name, value in scores.items():
-                    writer.add_scalar(f"validation/{name}", value, i)
-                for j, row in enumerate(rows):
-                    writer.add_image(f"validation/{j}", (torch.cat(row, -1).clamp(-1, 1) + 1) / 2, i)
+        if held_out and leader and i % config.validate_every == 0 and i < config.iterations:
+            _validated(trainer, held_out, writer)
     bar.close()
-    if leader:
-        _, rows = validate(trainer.averaged_model(), held_out or pictures, config.validation_steps)
+    if signals:
+        trainer.save()
+        name = signal.Signals(signals[0]).name
+        tqdm.write(f"{name}: iteration {trainer.iteration} is in {out / CHECKPOINT}, --resume goes on from it")
+    elif leader:
+        rows = _validated(trainer, held_out, writer) if held_out else _validate(trainer, pictures)[1]
         contact_sheet(rows, out / SHEET)
     if writer:
         writer.close()
 
 
+def _log(out: Path, iteration: int, entry: dict[str, float], name: str, writer: Any) -> None:
+    """A line of log.jsonl; None for what is not finite."""
+    plain = {key: value if math.isfinite(value) else None for key, value in entry.items()}
+    with open(out / LOG, "a", encoding="utf-8") as log:
+        log.write(json.dumps({"iteration": iteration, **plain}) + "\n")
+    if writer:
+        for key, value in entry.items():
+            writer.add_scalar(f"{name}/{key}", value, iteration)
+
+
+def _validated(trainer: Trainer, held_out: Pictures, writer: Any) -> list:
+    """The rows of `validate`, its scores told and logged."""
+    i = trainer.iteration
+    scores, rows = _validate(trainer, held_out)
+    tqdm.write(f"iteration {i}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    _log(Path(trainer.config.out), i, scores, "validation", writer)
+    if writer:
+        for j, row in enumerate(rows):
+            writer.add_image(f"validation/{j}", (torch.cat(row, -1).clamp(-1, 1) + 1) / 2, i)
+    return rows
+
+
+def _validate(trainer: Trainer, pictures: Pictures) -> tuple[dict[str, float], list]:
+    return validate(trainer.averaged_model(), pictures, trainer.config.validation_steps)
+
+
 def validate(model: Model, pictures: Pictures, steps: int = 10, count: int = 4) -> tuple[dict[str, float], list]:
     """Mean PSNR, SSIM and consistency of the first `count` pictures by a few-step solver, and the rows
-    (x, ours, truth), each [C, H, W]. Pictures are cut to at most 128 pixels a side.
+    (x, ours, truth), each [C, H, W]. Of a picture, at most 128 pixels a side.
     """
     device = next(model.unet.parameters()).device
     sampler = Sampler(model.unet, model.schedule, steps=steps, level=model.level, target=model.target)
     scores, rows = [], []
-    multiple = model.unet.multiple
     for index in range(min(count, len(pictures))):
         _, x, truth = pictures.whole(index)
-        side = math.lcm(multiple, round(pictures.scale))
-        height, width = (min(n, max(side, 128)) // side * side for n in truth.shape[-2:])
+        most = max(128, math.ceil(pictures.scale))
+        (height, width), small = image.whole([min(n, most) for n in truth.shape[-2:]], pictures.scale)
         x, truth = x[:, :height, :width], truth[:, :height, :width]
-        y = sampler(x[None].to(device), seed=index)
+        y = sampler(image.reflect_pad(x, model.unet.multiple)[None].to(device), seed=index)
         assert isinstance(y, Tensor)
-        y = y.cpu()
-        small = image.resize(truth[None], (round(height / pictures.scale), round(width / pictures.scale)))
-        row = {"psnr": metrics.psnr(y, truth[None]), "consistency": metrics.consistency(y, small)}
+        y = y[..., :height, :width].cpu()
+        source = image.resize(truth[None], small)
+        row = {"psnr": metrics.psnr(y, truth[None]), "consistency": metrics.consistency(y, source)}
         if min(height, width) >= 11:
             row["ssim"] = metrics.ssim(y, truth[None])
         scores.append({name: value.item() for name, value in row.items()})
         rows.append((x, y[0], truth))
-    mean = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
-    return mean, rows
+    known = {name: [s[name] for s in scores if name in s] for s in scores for name in s}
+    return {name: sum(values) / len(values) for name, values in known.items()}, rows
 
 
 def contact_sheet(rows: list, path: Path) -> None:
@@ -612,95 +703,7 @@ def contact_sheet(rows: list, path: Path) -> None:
     image.write(image.to_picture(torch.cat(strips, -2)), path)
 
 
-# The variational bound
-
-
-def variational_bound(
-    f_theta: Callable[[Tensor | None, Tensor, Tensor], Tensor],
-    x: Tensor | None,
-    y_0: Tensor,
-    schedule: Schedule,
-    seed: int = 0,
-    *,
-    level: str = "sqrt_gamma",
-    steps: list[int] | None = None,
-) -> dict[str, Any]:
-    """The variational bound on -log2 p(y_0 given x), in bits per dimension, averaged over the batch.
-
-        L_T     = KL(q(y_T given y_0), N(0, I))
-        L_{t-1} = KL(q(y_{t-1} given y_0, y_t), p_theta(y_{t-1} given y_t, x)), t = T..2, p_theta's variance
-        1 - alpha_t L_0     = -log of N(mean_theta(y_1), 1 - alpha_1) over y_0's bin, of 256 on [-1, 1], the
-        outer ones open
-
-    One draw of y_t a step. y_0: [B, C, H, W] on the 256 levels (L_0 is only then a probability). steps: the
-    t to evaluate, by default all; t = 1 is always among them, and the others are scaled to stand for 2..T.
-
-    Returns {"bits", "prior", "decoder": floats, "kl": {t: float}}, all in bits per dimension. Source: DDPM
-    (Ho et al. 2020), sections 2 and 3.3, with SR3's conditioning.
-    """
-    chosen = sorted(set(range(2, schedule.T + 1) if steps is None else steps) - {1})
-    if chosen and not 2 <= chosen[0] <= chosen[-1] <= schedule.T:
-        raise ValueError(f"steps must lie in 1..T = {schedule.T}: got {chosen[0]} .. {chosen[-1]}")
-    alpha, gamma = schedule.alpha, schedule.gamma
-    bits, batch = 1 / math.log(2), len(y_0)
-    seeds = noise.seeds(seed, batch, y_0.device)
-
-    def eps_error(t: int) -> tuple[Tensor, Tensor, Tensor]:
-        g = gamma[t].item()
-        y_t, eps = ops.q_sample(y_0, g, seeds, t)
-        told: Tensor
-        if level == "t":
-            told = torch.full((batch,), t - 1, device=y_0.device)
-        else:
-            told = torch.full((batch, 1), g if level == "gamma" else math.sqrt(g), device=y_0.device)
-        with torch.no_grad():
-            return y_t.double(), eps.double(), f_theta(x, y_t, told).double()
-
-    kl = {}
-    for t in chosen:
-        a, g, g_before = alpha[t].item(), gamma[t].item(), gamma[t - 1].item()
-        if a == 1:
-            kl[t] = 0.0
-            continue
-        _, eps, eps_hat = eps_error(t)
-        ratio = (1 - g_before) / (1 - g)  # the variances' quotient, posterior's over p_theta's
-        mean_error = (1 - a) / (a * (1 - g)) * (eps_hat - eps).square().mean().item()
-        kl[t] = bits * 0.5 * (ratio - 1 - math.log(ratio) + mean_error)
-    a, g = alpha[1].item(), gamma[1].item()
-    y_1, _, eps_hat = eps_error(1)
-    mean = (y_1 - (1 - a) / math.sqrt(1 - g) * eps_hat) / math.sqrt(a)
-    decoder = -bits * log_bin(y_0.double(), mean, math.sqrt(1 - a)).mean().item()
-    g = gamma[-1].item()
-    prior = bits * 0.5 * (g * y_0.double().square().mean().item() - g - math.log1p(-g))
-    total = sum(kl.values()) * (schedule.T - 1) / max(1, len(kl))
-    return {"bits": prior + total + decoder, "prior": prior, "decoder": decoder, "kl": kl}
-
-
-def log_bin(y: Tensor, mean: Tensor, std: float) -> Tensor:
-    """ln of the probability that N(mean, std^2) gives to y's bin [y - 1/255, y + 1/255]; -1's and 1's bins
-    are open.
-    """
-    upper = torch.where(y > 1 - 1 / 255, math.inf, (y + 1 / 255 - mean) / std)
-    lower = torch.where(y < -1 + 1 / 255, -math.inf, (y - 1 / 255 - mean) / std)
-    # in the left tail, where differences of the distribution function keep their digits
-    flip = lower > 0
-    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    high, low = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return high + torch.log1p(-torch.exp((low - high).clamp(max=-1e-300)))
-
-
 # Small things
-
-
-def _pictures(config: TrainConfig, data: Path, augment: str) -> Pictures:
-    return Pictures(
-        open_items(data, config.scale),
-        crop=config.crop,
-        scale=config.scale,
-        channels=config.image_channels,
-        augment=augment,
-        seed=config.seed,
-    )
 
 
 def _device(name: str, local: int) -> torch.device:
@@ -739,6 +742,49 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return {
         name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for name, v in plain.items()
     }
+
+
+def _description(model: Model) -> dict[str, Any]:
+    """All of a model but its tensors, in types that a checkpoint may hold."""
+    return {
+        "unet": model.unet.config,
+        "schedule": model.schedule.config,
+        "target": asdict(model.target),
+        "scale": model.scale,
+        "level": model.level,
+        "card": model.card,
+    }
+
+
+def _described(saved: dict[str, Any]) -> Model:
+    """The inverse of _description, with random weights."""
+    unet, schedule, target = UNet(**saved["unet"]), Schedule.from_config(saved["schedule"]), Target(**saved["target"])
+    return Model(unet, schedule, target, saved["scale"], saved["level"], saved["card"])
+
+
+def _read(config: TrainConfig, world: int) -> dict[str, Any]:
+    """What is in out/checkpoint.pt. ValueError where it is damaged or of another configuration."""
+    path = Path(config.out) / CHECKPOINT
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: {path} does not exist (leave out --resume to start)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, ranks, _ = state["config"], len(state["rng"]), state["description"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of sr3fast train: begin another --out with --init "
+            f"{path.parent / EXPORT}, its averaged weights"
+        ) from error
+    ours = _plain(config)
+    for name in sorted(ours.keys() - FREE - FRESH.keys()):
+        if ours[name] != theirs.get(name):
+            raise ValueError(
+                f"{path} was trained with {name}={theirs.get(name)!r}, not {ours[name]!r}: "
+                "give the same flags, or another --out"
+            )
+    if ranks != world:
+        raise ValueError(f"{path} was trained on {ranks} ranks, not {world}: start as many")
+    return state
 
 
 def _tensorboard(out: Path) -> Any:

@@ -64,7 +64,7 @@ def upscale(
         picture: Pillow's image of at least 2 x 2; a file's path, or a file opened in binary (its EXIF
             orientation is honoured); a uint8 array [H, W], [H, W, 3] or [H, W, 4]; an image.Photo.
         model: the name of weights that ship, a folder of weights.save, or a weights.Model. For a checkpoint
-            of Janspiry's code: Model(*compat.janspiry.load("I1_E1_gen.pth"), scale=4).
+            of Janspiry's code: compat.janspiry.model("I1_E1_gen.pth", scale=4).
         scale: the weights' own by default; one that they do not support is refused.
         steps, solver, grid: see Sampler; by default what the weights' card says, else 25 steps.
         seed: the same seed gives the same noise on every device, tiled or not. None draws one, which the log
@@ -233,7 +233,7 @@ def _load(model: str | os.PathLike) -> Model:
     if Path(model).is_file():
         raise ValueError(
             f"weights are a folder, {model} is a file: give a checkpoint of Janspiry's code as "
-            f"weights.Model(*compat.janspiry.load({str(model)!r}), scale=4)"
+            f"compat.janspiry.model({str(model)!r}, scale=4)"
         )
     return weights.load(os.fspath(model))
 

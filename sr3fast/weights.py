@@ -1,6 +1,6 @@
 """Weights on disk: a folder with config.json (network, schedule, target, defaults) and model.safetensors.
 
-Nothing here unpickles. Checkpoints of Janspiry's code are read by `compat.janspiry.load`.
+Nothing here unpickles. Checkpoints of Janspiry's code are read by `compat.janspiry`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def find(name: str | Path) -> Path:
     if folder.is_file():
         raise ValueError(
             f"weights are a folder with {CONFIG} and {TENSORS}: got the file {folder}"
-            " (sr3fast.compat.janspiry.load reads a _gen.pth)"
+            " (sr3fast.compat.janspiry.model reads a _gen.pth)"
         )
     if not folder.is_dir():
         raise FileNotFoundError(

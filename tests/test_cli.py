@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sr3fast import image, metrics, weights
+from sr3fast import image, metrics, training, weights
 from sr3fast.__main__ import Upscale, main, plan
+from sr3fast.bound import variational_bound
 from sr3fast.compat import janspiry
 from sr3fast.schedule import Schedule
-from sr3fast.training import variational_bound
 from sr3fast.unet import UNet
 from sr3fast.upscaling import upscale
 
@@ -273,7 +273,7 @@ def test_evaluate_bits(here, folder, capsys):
     assert run("images", *options, command="evaluate") == 0
     truth = Image.open("hr/a.png").crop((0, 0, 64, 64))
     x = image.to_tensor(image.bicubic(image.bicubic(truth, (16, 16)), (64, 64)))[None]
-    bound = variational_bound(model.unet, x, image.to_tensor(truth)[None], model.schedule, 0, steps=[1, 101, 200])
+    bound = variational_bound(model.unet, x, image.to_tensor(truth)[None], model.schedule, 0, steps=3)
     assert json.loads(Path("scores.json").read_text())["bits a dimension"] == pytest.approx(bound["bits"])
 
 
@@ -284,7 +284,8 @@ def test_evaluate_passes_over_what_is_broken(here, folder, capsys):
     truth.save(picture("sr/a.png"))
     picture("sr/b.png", (192, 128))
     picture("sr/c.png")
-    assert run(folder, "hr", "--result", "sr", "--json", "scores.json", command="evaluate") == 2
+    options = ("hr", "--result", "sr", "--scale", "4", "--json", "scores.json")
+    assert run(folder, *options, command="evaluate") == 2
     output = capsys.readouterr()
     assert [line.split()[:2] for line in output.out.splitlines()[1:]] == [["a", "bicubic"], ["a", "result"]]
     assert [line for line in output.err.splitlines() if line.startswith("sr3fast: ")] == [
@@ -297,12 +298,83 @@ def test_evaluate_passes_over_what_is_broken(here, folder, capsys):
     assert capsys.readouterr().err == "sr3fast: limit must be at least 1: got 0\n"
 
 
+def test_evaluate_tells_the_scale_of_results_from_their_sources(here, folder, capsys):
+    picture("hr/b.png", (67, 65))
+    picture("hr/a.png", (64, 68), seed=1)  # the first in order: 3 times its source, and one pixel
+    truths = {name: Image.open(f"hr/{name}.png") for name in ("a", "b")}
+    for name, truth in truths.items():
+        truth.save(picture(f"sr/{name}.png"))
+        image.bicubic(truth, (truth.width // 3, truth.height // 3)).save(picture(f"lr/{name}.png"))
+    Path("lr/broken.png").write_bytes(b"no picture")
+    assert run(folder, "hr", "--result", "sr", command="evaluate") == 2
+    assert capsys.readouterr().err.startswith("sr3fast: --result needs --scale, or --source")
+    scores = []
+    for given in (["--source", "lr"], ["--source", "lr", "--scale", "3"]):
+        assert run(folder, "hr", "--result", "sr", *given, "--json", "scores.json", command="evaluate") == 0
+        scores.append(json.loads(Path("scores.json").read_text()))
+    assert scores[0] == scores[1] and len(scores[0]["pictures"]) == 2
+    image.bicubic(truths["a"], (40, 40)).save(picture("half/hr.png"))
+    image.bicubic(truths["a"], (16, 16)).save(picture("half/lr.png"))  # 2.5 times
+    assert run(folder, "half/hr.png", "--result", "half/hr.png", "--source", "half/lr.png", command="evaluate") == 0
+
+
+SMALL = ["--batch-size", "1", "--iterations", "1", "--warmup", "1", "--validation-steps", "1", "--device", "cpu"]
+
+
+def test_train_begins_with_weights_that_say_what_it_is(here, folder, capsys):
+    """The scale and the structure are theirs; a flag that says another is refused, one that repeats them is not."""
+    picture("in/a.png", (32, 32))
+    begin = ["train", "--data", "in", "--crop", "16", *SMALL, "--init", str(folder)]
+    for flag in (["--scale", "2"], ["--channels", "32"], ["--target", "image"], ["--level", "gamma"], ["--T", "2000"]):
+        assert main([*begin, "--out", "refused", *flag]) == 2
+        assert f"{flag[0][2:]} must be that of the weights" in capsys.readouterr().err
+    assert not Path("refused").exists()
+    assert main([*begin, "--out", "run", "--lr", "1e-12", "--channels", "8", "--scale", "4"]) == 0
+    made, start = weights.load("run/model"), weights.load(folder)
+    assert (made.scale, made.target, made.card) == (4, start.target, start.card)
+    assert torch.allclose(made.unet.conv_in.weight, start.unet.conv_in.weight, atol=1e-6)
+    assert main([*begin[:-2], "--iterations", "2", "--out", "run", "--lr", "1e-12", "--resume"]) == 0
+    assert torch.load("run/checkpoint.pt", weights_only=True)["iteration"] == 2
+    assert main([*begin, "--out", "run", "--resume"]) == 2
+    assert "leave out start (--init), or resume" in capsys.readouterr().err
+    assert main(["train", "--data", "in", "--out", "x", "--config", "sr_sr3_16_128", *SMALL]) == 2
+    assert "--config is for a checkpoint of Janspiry's that --init names" in capsys.readouterr().err
+
+
+def test_train_begins_with_a_checkpoint_of_janspirys_code(here, capsys):
+    torch.save(janspiry_reference.diffusion(T=50, end=0.3).state_dict(), "I1_E1_gen.pth")
+    resolutions = {"train": {"l_resolution": 8, "r_resolution": 16}}
+    Path("mine.json").write_text(json.dumps({"model": {"unet": {"norm_groups": 8}}, "datasets": resolutions}))
+    picture("in/a.png", (32, 32))
+    begin = ["train", "--data", "in", "--out", "run", "--crop", "16", *SMALL, "--init", "I1_E1_gen.pth"]
+    assert main(begin) == 2
+    assert "norm_groups cannot be read from a checkpoint" in capsys.readouterr().err
+    assert main([*begin, "--config", "mine.json"]) == 0
+    made = weights.load("run/model")
+    assert made.scale == 2 and made.schedule.T == 50 and made.unet.config["groups"] == 8
+
+
+def test_the_example_begins_with_the_weights_it_is_given(here, monkeypatch):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "train_photo_x4.py"))
+    picture("run/pictures/a.png", (64, 64))
+    started = []
+    monkeypatch.setitem(example["main"].__globals__, "train", lambda config, start: started.append((config, start)))
+    for arguments in ([], ["--init", "photo-x4"]):
+        monkeypatch.setattr(sys, "argv", ["train_photo_x4.py", "--out", "run", *arguments])
+        example["main"]()
+    (config, start), (_, init) = started
+    assert start is None
+    training.Trainer(replace(config, device="cpu"), init)  # its options are those of photo-x4
+    expected = weights.load("photo-x4").unet.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in init.unet.state_dict().items())
+
+
 def test_train_skips_what_it_cannot_use(here, capsys):
     picture("in/a.png", (32, 32))
     picture("in/small.png", (32, 12))
     (here / "in" / "broken.png").write_bytes(b"no picture")
     small = ["--iterations", "1", "--channels", "8", "--multipliers", "1", "2", "--blocks", "1", "--crop", "16"]
-    small += ["--batch-size", "1", "--validation-steps", "1", "--groups", "4"]
+    small += ["--batch-size", "1", "--validation-steps", "1", "--groups", "4", "--warmup", "1"]
     arguments = ["train", "--data", "in", "--out", "run", *small]
     for device in ("cuda:77", "cpux"):
         assert main([*arguments, "--device", device]) == 2
@@ -379,6 +451,10 @@ def test_a_checkpoint_of_janspirys_code(here, capsys):
     assert np.array_equal(np.asarray(Image.open("photo-x4.png")), np.asarray(expected))
     assert main([*options, "--weights", "I1_E1", "--out", "same.png"]) == 0
     assert Path("same.png").read_bytes() == Path("photo-x4.png").read_bytes()
+    sizes = {"train": {"l_resolution": 4, "r_resolution": 16}}
+    Path("sizes.json").write_text(json.dumps({"model": {"unet": {"norm_groups": 8}}, "datasets": sizes}))
+    assert main([*options[:-1], "sizes.json", "--weights", "I1_E1", "--out", "sizes.png"]) == 0
+    assert Path("sizes.png").read_bytes() == Path("photo-x4.png").read_bytes()
     Path("sr_4_16.json").rename("mine.json")
     capsys.readouterr()
     assert main([*options[:-1], "mine.json", "--weights", "I1_E1", "--out", "x.png"]) == 2

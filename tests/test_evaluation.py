@@ -52,7 +52,7 @@ def test_mean_table_and_json(tmp_path):
     for i, name in enumerate(("a", "mean")):
         truth = picture(tmp_path / "hr" / f"{name}.png", seed=i)
         picture(tmp_path / "sr" / f"{name}.png", truth.size, seed=i + 2)
-    found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr", scale=4)
     a, b = (found.scores[name][RESULT] for name in ("a", "mean"))
     assert found.mean[RESULT] == pytest.approx(np.mean([a, b], 0))
     lines = [line.split() for line in str(found).splitlines()[1:]]
@@ -70,16 +70,19 @@ def test_a_result_has_the_truths_size(tmp_path):
     made = picture(tmp_path / "sr" / "whole.png", (66, 70), seed=1)
     made.crop((0, 0, 64, 68)).save(tmp_path / "sr" / "cut.png")
     whole, cut = (
-        evaluate(tmp_path / "hr" / "a.png", result=tmp_path / "sr" / f"{n}.png").scores for n in ("whole", "cut")
+        evaluate(tmp_path / "hr" / "a.png", result=tmp_path / "sr" / f"{n}.png", scale=4).scores
+        for n in ("whole", "cut")
     )
     assert whole == cut
     for size in ((192, 128), (65, 70), (64, 67)):
         picture(tmp_path / "sr" / "a.png", size)
-        failed = evaluate(tmp_path / "hr" / "a.png", result=tmp_path / "sr" / "a.png").failed
+        failed = evaluate(tmp_path / "hr" / "a.png", result=tmp_path / "sr" / "a.png", scale=4).failed
         (error,) = failed.values()
         assert "a result must have the truth's size, 66 x 70, cut to 64 x 68: got {} x {}".format(*size) in str(error)
     image.bicubic(truth, (15, 17)).save(tmp_path / "lr.png")
-    failed = evaluate(tmp_path / "hr" / "a.png", source=tmp_path / "lr.png", result=tmp_path / "hr" / "a.png").failed
+    failed = evaluate(
+        tmp_path / "hr" / "a.png", source=tmp_path / "lr.png", result=tmp_path / "hr" / "a.png", scale=4
+    ).failed
     assert "15 x 17, 4 times larger, is not the size of" in str(*failed.values())
 
 
@@ -91,24 +94,40 @@ def test_names_in_folders(tmp_path):
     for name, path in pictures(tmp_path / "hr").items():
         (tmp_path / "sr" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).save(tmp_path / "sr" / f"{name}.png")
-    found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr", scale=4)
     assert [s[RESULT].psnr for s in found.scores.values()] == [float("inf")] * 4
     assert found.as_dict()["mean"][RESULT]["psnr"] is None
     json.dumps(found.as_dict(), allow_nan=False)
     (tmp_path / "sr" / "a.jpg.png").unlink()
-    found = evaluate(tmp_path / "hr", result=tmp_path / "sr")
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr", scale=4)
     assert list(found.scores) == ["a.png", "deep/a", "deep/b"]
     truth = tmp_path / "hr" / "a.jpg"
     assert str(found.failed.pop(truth)) == f"{truth}: no picture named a.jpg in {tmp_path / 'sr'}"
     assert not found.failed
-    found = evaluate(tmp_path / "hr", result=tmp_path / "sr", limit=1)
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr", scale=4, limit=1)
     assert not found.scores and list(found.failed) == [truth]
     with pytest.raises(ValueError, match="no picture here has the name"):  # one of several is not its partner by that
-        evaluate(tmp_path / "hr", result=tmp_path / "hr" / "deep" / "b.bmp", limit=1)
+        evaluate(tmp_path / "hr", result=tmp_path / "hr" / "deep" / "b.bmp", scale=4, limit=1)
     picture(tmp_path / "other" / "x.png")
     for options in ({"result": tmp_path / "other"}, {"result": tmp_path / "sr", "source": tmp_path / "other"}):
         with pytest.raises(ValueError, match=r"other: no picture here has the name of a truth, such as a\.jpg"):
-            evaluate(tmp_path / "hr", **options)
+            evaluate(tmp_path / "hr", scale=4, **options)
+
+
+def test_a_folder_holds_other_things_than_pictures(tmp_path):
+    picture(tmp_path / "a.png")
+    for name in ("report.pdf", "data.h5", "film.mpg", "drawing.eps", "notes.txt"):
+        (tmp_path / name).write_bytes(b"no picture")
+    assert list(pictures(tmp_path)) == ["a"]
+    assert not evaluate(tmp_path, result=tmp_path, scale=4).failed
+
+
+def test_a_truth_is_cut_as_training_cuts_it(tmp_path):
+    """66 / 1.1 is 59.99999999999999: a source of 60, and nothing is cut."""
+    picture(tmp_path / "a.png", (66, 66))
+    picture(tmp_path / "b.png", (65, 65))
+    (error,) = evaluate(tmp_path / "a.png", result=tmp_path / "b.png", scale=1.1).failed.values()
+    assert "the truth's size, 66 x 66: got 65 x 65" in str(error)
 
 
 def test_a_broken_picture_is_passed_over(tmp_path, upscaler):
@@ -128,7 +147,7 @@ def test_a_broken_picture_is_passed_over(tmp_path, upscaler):
 def test_small_pictures_have_no_spectrum(tmp_path):
     for i, size in enumerate(((64, 64), (64, 60), (8, 64))):
         picture(tmp_path / f"{i}.png", size, seed=i)
-    found = evaluate(tmp_path, result=tmp_path)
+    found = evaluate(tmp_path, result=tmp_path, scale=4)
     assert [(s[BICUBIC].ssim is None, s[BICUBIC].spectrum is None) for s in found.scores.values()] == [
         (False, False),
         (False, True),
@@ -137,7 +156,7 @@ def test_small_pictures_have_no_spectrum(tmp_path):
     assert found.mean[BICUBIC].spectrum == found.scores["0"][BICUBIC].spectrum
     table = str(found)
     assert "nan" not in table and "-: SSIM needs sides of 11 pixels, the spectrum of 64" in table
-    assert "SSIM needs" not in str(evaluate(tmp_path / "0.png", result=tmp_path / "0.png"))
+    assert "SSIM needs" not in str(evaluate(tmp_path / "0.png", result=tmp_path / "0.png", scale=4))
 
 
 def test_refusals(tmp_path, upscaler):
@@ -155,14 +174,14 @@ def test_refusals(tmp_path, upscaler):
         with pytest.raises(ValueError, match=message):
             evaluate(*arguments, **options)
     image_model = Model(upscaler.model.unet, upscaler.model.schedule, scale=4)
-    with pytest.raises(ValueError, match=r"bits must lie in 1\.\.T = 50: got 51"):
+    with pytest.raises(ValueError, match=r"bits must lie in 2\.\.T = 50: got 51"):
         evaluate(hr, Upscaler(image_model, steps=2), bits=51)
 
 
 def test_limit(tmp_path):
     for i in range(3):
         picture(tmp_path / f"{i}.png", seed=i)
-    assert list(evaluate(tmp_path, result=tmp_path, limit=2).scores) == ["0", "1"]
+    assert list(evaluate(tmp_path, result=tmp_path, scale=4, limit=2).scores) == ["0", "1"]
 
 
 def test_a_source_made_here_is_one_that_a_file_holds(tmp_path, upscaler):
@@ -175,3 +194,10 @@ def test_a_source_made_here_is_one_that_a_file_holds(tmp_path, upscaler):
     assert small.tensor().abs().max() > 1
     small.with_color(small.tensor()).save(tmp_path / "small.png")
     assert evaluate(tmp_path / "truth.png", upscaler, source=tmp_path / "small.png").scores == made
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, float("nan")])
+def test_finished_pictures_need_the_scale(tmp_path, scale):
+    picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="finished pictures need scale, at least 1, how much they were enlarged: got"):
+        evaluate(tmp_path, result=tmp_path, scale=scale)

@@ -15,7 +15,7 @@ FLOORS = [
     {"ops"},
     {"unet"},
     {"weights", "engine"},
-    {"sampler", "data", "metrics"},
+    {"sampler", "data", "metrics", "bound"},
     {"training", "upscaling"},
     {"compat", "evaluation"},
     {"__main__"},

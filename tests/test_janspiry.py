@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sr3fast import ops
-from sr3fast.compat.janspiry import _our_name, _their_name, accelerate, load
+from sr3fast.compat.janspiry import _our_name, _their_name, accelerate, load, model
 from sr3fast.sampler import Sampler
 from sr3fast.schedule import Schedule
 
@@ -211,6 +211,35 @@ def test_config_as_their_json(tmp_path):
     assert load(path, parsed["model"])[0].config["groups"] == 32
     assert load(path, {"norm_groups": 8, "which_model_G": "sr3"})[0].config["groups"] == 8
     assert load(path, {"groups": 8, "dropout": 0.5})[0].config["dropout"] == 0.5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_knows_its_level_and_its_scale(tmp_path, variant):
+    path = written(tmp_path, janspiry.diffusion(variant=variant, **SHORT))
+    made, (unet, schedule) = model(path, GROUPS), load(path, GROUPS)
+    assert made.level == level_of(variant) and made.scale is None and made.schedule == schedule
+    assert all(torch.equal(t, unet.state_dict()[n]) for n, t in made.unet.state_dict().items())
+    assert model(path, GROUPS, scale=2.5).scale == 2.5
+
+
+def test_the_scale_is_the_configs(tmp_path):
+    path = written(tmp_path, janspiry.diffusion(**SHORT))
+    sizes = {"l_resolution": 16, "r_resolution": 128}
+    for datasets, scale in (
+        ({"train": {"name": "FFHQ", **sizes}, "val": sizes}, 8),
+        ({"val": sizes}, 8),
+        ({"train": {"l_resolution": 64}, "val": None}, None),
+        (None, None),
+    ):
+        config = {"model": {"unet": {"norm_groups": 8}}, "datasets": datasets}
+        assert model(path, config).scale == scale
+        (tmp_path / "mine.json").write_text(json.dumps(config, indent=1) + " // theirs")
+        assert model(path, tmp_path / "mine.json").scale == model(path, str(tmp_path / "mine.json")).scale == scale
+        (tmp_path / "sr_4_16.json").write_text(json.dumps(config))
+        assert model(path, tmp_path / "sr_4_16.json").scale == (scale or 4)
+        assert model(path, config, scale=8).scale == 8
+    with pytest.raises(ValueError, match="the scale is the config's: got scale 4, and a config of 8"):
+        model(path, {"model": {"unet": {"norm_groups": 8}}, "datasets": {"val": sizes}}, scale=4)
 
 
 def test_a_config_with_another_schedule_is_told(tmp_path):

@@ -274,7 +274,7 @@ def test_what_is_no_model(tmp_path):
         with pytest.raises(TypeError, match=rf"name of weights that ship, .*weights\.Model.*: got {got}"):
             upscale(picture, other)
     (tmp_path / "I1_gen.pth").touch()
-    with pytest.raises(ValueError, match=r"I1_gen.pth is a file: .* weights.Model\(\*compat.janspiry.load\('.*pth'\)"):
+    with pytest.raises(ValueError, match=r"I1_gen.pth is a file: .* compat.janspiry.model\('.*pth', scale=4\)"):
         upscale(picture, tmp_path / "I1_gen.pth")
     with pytest.raises(FileNotFoundError, match="no weights at 'nowhere'"):
         upscale(picture, "nowhere")

@@ -156,7 +156,7 @@ def test_find_refuses(tmp_path, folder):
         weights.load(folder)
     checkpoint = tmp_path / "I1_E1_gen.pth"
     checkpoint.write_bytes(b"\x80\x02")
-    with pytest.raises(ValueError, match=r"got the file .*janspiry\.load reads a _gen\.pth"):
+    with pytest.raises(ValueError, match=r"got the file .*janspiry\.model reads a _gen\.pth"):
         weights.load(checkpoint)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints and objects of Janspiry/Image-Super-Resolution-via-Iterative-Refinement, most users' SR3 code.
 
 unet, schedule = load("I640000_E37_gen.pth")        their weights in our network
+model("I640000_E37_gen.pth", scale=8)               the same as a weights.Model, for upscale and train
 accelerate(diffusion)                               their object, sampling with our loop
 """
 
@@ -26,9 +27,9 @@ from .. import noise, ops
 from ..sampler import Sampler
 from ..schedule import Schedule
 from ..unet import UNet
-from ..weights import Structure, build, matched
+from ..weights import Model, Structure, build, matched
 
-__all__ = ["CONFIGS", "accelerate", "load", "moments"]
+__all__ = ["CONFIGS", "accelerate", "load", "model", "moments"]
 
 REPOSITORY = "Janspiry's SR3 code"
 
@@ -199,6 +200,24 @@ def load(path: str | Path, config: Mapping[str, Any] | str | Path | None = None)
     return unet, schedule
 
 
+def model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None, scale: float | None = None) -> Model:
+    """Their checkpoint as a Model, to upscale with, to train further, to save: what `load` gives, with the level that
+    the network is told and the scale.
+
+        upscale("photo.png", model("I640000_E37_gen.pth", scale=8))
+
+    path, config: as for `load`. scale: by default what the config says, in its datasets (l_resolution and
+    r_resolution) or else at the end of its name (sr_sr3_16_128), or None: no checkpoint tells it.
+
+    Raises as `load` does, and ValueError where scale and config contradict each other.
+    """
+    unet, schedule = load(path, config)
+    said = _scale(config)
+    if None not in (scale, said) and scale != said:
+        raise ValueError(f"the scale is the config's: got scale {scale:g}, and a config of {said:g}")
+    return Model(unet, schedule, scale=said or scale, level="t" if unet.variant == "ddpm" else "sqrt_gamma")
+
+
 def moments(path: str | Path) -> dict[str, dict[str, Tensor]]:
     """Adam's state in the _opt.pth beside a _gen.pth, by our parameters' names, for `training.train`.
 
@@ -318,6 +337,20 @@ def _read_config(config: Mapping[str, Any] | str | Path | None) -> tuple[dict[st
     return options, _schedule_of(model.get("beta_schedule"))
 
 
+def _scale(config: Mapping[str, Any] | str | Path | None) -> float | None:
+    """How much a network of this config enlarges, where that says it."""
+    name = config if isinstance(config, str | Path) else ""
+    if name and name not in CONFIGS:
+        config = _read_json(Path(name))
+    datasets = config.get("datasets") or {} if isinstance(config, Mapping) else {}
+    for phase in ("train", "val"):
+        low, high = ((datasets.get(phase) or {}).get(f"{side}_resolution") for side in "lr")
+        if low and high:
+            return high / low
+    sides = re.search(r"_(\d+)_(\d+)$", Path(name).stem)
+    return int(sides[2]) / int(sides[1]) if sides else None
+
+
 def _schedule_of(phases: Any) -> Schedule | None:
     phase = (phases or {}).get("val") or (phases or {}).get("train")
     if not phase:
@@ -362,8 +395,8 @@ def _resolve(structure: Structure, variant: str, given: Mapping[str, Any], path:
     if groups is None:
         raise ValueError(
             f"{path}: norm_groups cannot be read from a checkpoint, and no config of {REPOSITORY} has this"
-            f' structure ({structure}). Pass config={{"norm_groups": 32}} with the norm_groups of the config'
-            " that trained it (32 where that has none), or the path of that JSON file as config="
+            f" structure ({structure}). Give the path of its JSON file as config (--config), or"
+            ' config={"norm_groups": 32} with its norm_groups (32 where it has none)'
         )
     multiple = 2 ** (len(structure.multipliers) - 1)
     # it only places the attention, which the tensors show: any multiple will do
