@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from .data import Order, Pictures, open_items
 from .sampler import Sampler, find_device
 from .schedule import Schedule
 from .unet import UNet
-from .weights import Model, Structure, Target, save
+from .weights import Model, Structure, Target, describe, described, save
 
 CHECKPOINT, EXPORT, LOG, SHEET = "checkpoint.pt", "model", "log.jsonl", "contact_sheet.png"
 
@@ -215,7 +215,7 @@ class Trainer:
             raise ValueError("a resumed run has its checkpoint's weights: leave out start (--init), or resume")
         state = _read(config, self.ranks.world) if config.resume else None
         if state is not None:
-            start = _described(state["description"])
+            start = described(state["description"], UNet(**state["description"]["unet"]))
         self.model = fresh(config) if start is None else _agreeing(config, start)
         if config.crop % self.model.unet.multiple:
             raise ValueError(
@@ -385,7 +385,7 @@ class Trainer:
             return
         state = {
             "config": _plain(self.config),
-            "description": _description(self.model),
+            "description": describe(self.model),
             "iteration": self.iteration,
             "model": self.unet.state_dict(),
             "ema": self.averaged.state_dict(),
@@ -742,24 +742,6 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return {
         name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for name, v in plain.items()
     }
-
-
-def _description(model: Model) -> dict[str, Any]:
-    """All of a model but its tensors, in types that a checkpoint may hold."""
-    return {
-        "unet": model.unet.config,
-        "schedule": model.schedule.config,
-        "target": asdict(model.target),
-        "scale": model.scale,
-        "level": model.level,
-        "card": model.card,
-    }
-
-
-def _described(saved: dict[str, Any]) -> Model:
-    """The inverse of _description, with random weights."""
-    unet, schedule, target = UNet(**saved["unet"]), Schedule.from_config(saved["schedule"]), Target(**saved["target"])
-    return Model(unet, schedule, target, saved["scale"], saved["level"], saved["card"])
 
 
 def _read(config: TrainConfig, world: int) -> dict[str, Any]:

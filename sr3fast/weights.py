@@ -121,14 +121,9 @@ def find(name: str | Path) -> Path:
     return folder
 
 
-def save(folder: str | Path, model: Model, *, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors; each is complete or as it was before.
-
-    dtype: store the tensors in it (float16 halves a download); by default as they are.
-    Raises OSError where there is no room or no permission, TypeError for a card that JSON cannot hold.
-    """
-    config = {
-        "format": VERSION,
+def describe(model: Model) -> dict[str, Any]:
+    """All of a model but its tensors, in types that JSON holds."""
+    return {
         "unet": model.unet.config,
         "schedule": model.schedule.config,
         "target": asdict(model.target),
@@ -136,7 +131,21 @@ def save(folder: str | Path, model: Model, *, dtype: torch.dtype | None = None) 
         "level": model.level,
         "card": model.card,
     }
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+
+
+def described(config: Mapping[str, Any], unet: UNet) -> Model:
+    """The model of `describe`, around its network."""
+    schedule, target = Schedule.from_config(config["schedule"]), Target(**config["target"])
+    return Model(unet, schedule, target, config["scale"], config["level"], config["card"])
+
+
+def save(folder: str | Path, model: Model, *, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors; each is complete or as it was before.
+
+    dtype: store the tensors in it (float16 halves a download); by default as they are.
+    Raises OSError where there is no room or no permission, TypeError for a card that JSON cannot hold.
+    """
+    text = json.dumps({"format": VERSION, **describe(model)}, indent=2, allow_nan=False) + "\n"
     state = model.unet.state_dict()
     tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in state.items()}
     folder = Path(folder)
@@ -163,14 +172,7 @@ def load(name: str | Path, *, dtype: torch.dtype | None = torch.float32) -> Mode
         raise ValueError(f"{folder / TENSORS} is damaged or not a safetensors file: {error}") from error
     try:
         unet = build(config["unet"], tensors, str(folder / TENSORS), dtype=dtype)
-        return Model(
-            unet,
-            Schedule.from_config(config["schedule"]),
-            Target(**config["target"]),
-            config["scale"],
-            config["level"],
-            config["card"],
-        )
+        return described(config, unet)
     except (TypeError, AttributeError) as error:  # arguments that no constructor knows
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
 

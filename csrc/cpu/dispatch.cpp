@@ -50,7 +50,7 @@ Table choose() {
 #endif
   if (name.empty() || name == "baseline") return {"baseline", SR3FAST_EACH_OP(SR3FAST_ENTRY_baseline)};
   throw std::invalid_argument("SR3FAST_ISA=" + name +
-                           " was asked for, but this build or this machine does not have it");
+                              " was asked for, but this build or this machine does not have it");
 }
 
 const Table& table() {
