@@ -71,7 +71,12 @@ def prepare(folder: Path, more: Path, seed: int = 0) -> None:
     """
     rng = np.random.default_rng(seed)
     inside = [(Path(str(files(package))) / name, shares) for package, name, shares in PHOTOGRAPHS + GRAYS]
-    for path, shares in inside + [(more / name, shares) for name, shares in MORE]:
+    photographs = inside + [(more / name, shares) for name, shares in MORE]
+    if missing := [str(path) for path, _ in photographs if not path.exists()]:
+        raise FileNotFoundError(
+            f"{len(missing)} photographs are not there, the first {missing[0]}: see the top of this file"
+        )
+    for path, shares in photographs:
         assert path.stem not in HELD_OUT
         picture = image.read(path)
         title = path.stem if path.stem != "image" else path.parents[2].name

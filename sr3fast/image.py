@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 MAX_PIXELS = 2**27
 """Pictures with more pixels than this (11585 x 11585) are refused, before they are decoded or made."""
@@ -38,6 +38,7 @@ _GRAY = ("1", "L", "LA", "La")
 _GRAY_16 = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _BROKEN = (  # what Pillow raises for a file that it cannot decode
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, ArithmeticError),
+    AttributeError,
     *(struct.error, zlib.error),
 )
 
@@ -49,6 +50,11 @@ _SAVED_AS: dict[str, dict[str, Any]] = {  # Pillow's own quality, 75, shows
 }
 
 _Tag = ExifTags.Base
+_TURNS = {  # an orientation's; ImageOps.exif_transpose writes the old EXIF anew, and breaks on an odd tag
+    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
+    **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270},
+    **{7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90},
+}
 _OF_THE_PHOTOGRAPH = (
     *(_Tag.ImageDescription, _Tag.Make, _Tag.Model, _Tag.Software, _Tag.DateTime, _Tag.Artist, _Tag.Copyright),
     *(_Tag.Rating, _Tag.XPTitle, _Tag.XPComment, _Tag.XPAuthor, _Tag.XPKeywords, _Tag.XPSubject),
@@ -102,7 +108,8 @@ def read(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     with _opened(file) as picture:
         picture.load()
         info = _info(picture)
-        picture = ImageOps.exif_transpose(picture)
+        turn = _TURNS.get(picture.getexif().get(_Tag.Orientation, 1))
+        picture = picture.copy() if turn is None else picture.transpose(turn)
         picture.info.pop("exif", None)
         picture.info.update(info)  # a copy of a TIFF has no EXIF of its own
         return picture
@@ -242,15 +249,21 @@ def _exif(picture: Image.Image) -> bytes | None:
     """
     try:
         source, kept = picture.getexif(), Image.Exif()
-        kept.update({tag: source[tag] for tag in _OF_THE_PHOTOGRAPH if tag in source})
+        kept.update({tag: source[tag] for tag in _OF_THE_PHOTOGRAPH if tag in source and _is_kept_whole(source[tag])})
         for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            tags = {tag: value for tag, value in source.get_ifd(ifd).items() if tag not in _OF_THE_OLD_FILE}
+            values = source.get_ifd(ifd).items()
+            tags = {tag: value for tag, value in values if tag not in _OF_THE_OLD_FILE and _is_kept_whole(value)}
             if tags:
                 kept[ifd] = tags
         data = kept.tobytes() if len(kept) else None
     except Exception:  # a broken tag raises anything, and must not cost the picture
         return None
     return data if data and len(data) <= _EXIF_BYTES else None
+
+
+def _is_kept_whole(value: object) -> bool:
+    """Pillow writes a question mark for what is not ASCII: no name is better than a falsified one."""
+    return not isinstance(value, str) or value.isascii()
 
 
 def _dpi(picture: Image.Image) -> tuple[float, float] | None:

@@ -472,7 +472,8 @@ def fresh(config: TrainConfig) -> Model:
 
 def _given(config: TrainConfig) -> dict[str, Any]:
     """The options of the model that are not left to the weights."""
-    return {name: value for name in FRESH if (value := getattr(config, name)) is not None}
+    given = {name: value for name in FRESH if (value := getattr(config, name)) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _agreeing(config: TrainConfig, model: Model) -> Model:
@@ -491,8 +492,8 @@ def _agreeing(config: TrainConfig, model: Model) -> Model:
         "clip": model.target.clip,
         "schedule": schedule.get("name", "betas of its own"),
         "T": model.schedule.T,
-        "beta_start": model.schedule.betas[0].item(),
-        "beta_end": model.schedule.betas[-1].item(),
+        "beta_start": schedule.get("start", model.schedule.betas[0].item()),
+        "beta_end": schedule.get("end", model.schedule.betas[-1].item()),
         "level": model.level,
     }
     for name, value in given.items():
@@ -584,7 +585,8 @@ def _between_iterations(world: int) -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         signals.append(number)
-        signal.signal(number, handlers[number])
+        for other, handler in handlers.items():
+            signal.signal(other, handler)
 
     for number in handlers:
         signal.signal(number, note)
@@ -598,8 +600,9 @@ def _between_iterations(world: int) -> Iterator[list[int]]:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """A process that loads data: Ctrl-C is for the one that trains, which may still need a batch."""
+    """A process that loads data: what the whole group gets is for the one that trains and may need another batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signals: list[int]) -> None:
@@ -751,12 +754,17 @@ def _read(config: TrainConfig, world: int) -> dict[str, Any]:
         raise FileNotFoundError(f"nothing to resume: {path} does not exist (leave out --resume to start)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, ranks, _ = state["config"], len(state["rng"]), state["description"]
+        theirs, ranks = state["config"], len(state["rng"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged, or no checkpoint of sr3fast train: begin another --out with --init "
             f"{path.parent / EXPORT}, its averaged weights"
         ) from error
+    if "description" not in state:
+        raise ValueError(
+            f"{path} is of an older sr3fast: go on with that one, or begin another --out with --init "
+            f"{path.parent / EXPORT}, its averaged weights"
+        )
     ours = _plain(config)
     for name in sorted(ours.keys() - FREE - FRESH.keys()):
         if ours[name] != theirs.get(name):

@@ -455,3 +455,24 @@ def test_a_file_of_every_format_is_read(tmp_path):
         picture("RGB").save(buffer, format={"tif": "TIFF"}.get(suffix, suffix.upper()))
         (tmp_path / f"x.{suffix}").write_bytes(buffer.getvalue())
         assert np.array_equal(np.asarray(image.read(tmp_path / f"x.{suffix}")), np.asarray(picture("RGB")))
+
+
+def test_a_turned_photograph_with_an_odd_tag_is_read(tmp_path):
+    """A maker that is a number: writing this EXIF anew fails."""
+    source = picture("RGB")
+    little = struct.pack("<2sHIH", b"II", 42, 8, 2)
+    tags = struct.pack("<HHIf", 0x010F, 11, 1, 1.5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    source.save(tmp_path / "odd.png", exif=b"Exif\0\0" + little + tags + struct.pack("<I", 0))
+    turned = image.read(tmp_path / "odd.png")
+    assert np.array_equal(np.asarray(turned), np.asarray(source.transpose(Image.Transpose.ROTATE_270)))
+    assert image.header(tmp_path / "odd.png")[0] == turned.size
+    image.write(turned, tmp_path / "out.png")
+
+
+def test_a_name_that_would_be_falsified_is_left_out(tmp_path):
+    made = Image.Exif()
+    made[ExifTags.Base.Make], made[ExifTags.Base.Artist] = "Maker", "J\u00fcrgen".encode()
+    picture("RGB").save(tmp_path / "in.jpg", exif=made.tobytes())
+    image.write(image.read(tmp_path / "in.jpg"), tmp_path / "out.jpg")
+    kept = Image.open(tmp_path / "out.jpg").getexif()
+    assert kept[ExifTags.Base.Make] == "Maker" and ExifTags.Base.Artist not in kept

@@ -352,6 +352,22 @@ def test_refusals(photographs, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("schedule", ["linear", "quad", "cosine", "const", "warmup10"])
+def test_a_run_resumes_with_the_very_same_options(photographs, tmp_path, schedule):
+    options = {"schedule": schedule, "beta_start": 1e-6, "beta_end": 1e-2, "multipliers": [1, 2]}
+    Trainer(config(photographs, tmp_path, **options)).save()
+    Trainer(config(photographs, tmp_path, resume=True, **options))
+
+
+def test_a_checkpoint_of_before_is_told(photographs, tmp_path):
+    Trainer(config(photographs, tmp_path)).save()
+    state = checkpoint(tmp_path)
+    del state["description"]
+    torch.save(state, tmp_path / training.CHECKPOINT)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of an older sr3fast: .* --init .*model"):
+        train(config(photographs, tmp_path, resume=True))
+
+
 def test_a_damaged_checkpoint_is_told(photographs, tmp_path):
     Trainer(config(photographs, tmp_path)).save()
     file = tmp_path / training.CHECKPOINT
@@ -391,6 +407,9 @@ train(config(data, out, dropout=0.1, workers=1, iterations=10**6, save_every=10*
     deadline = time.monotonic() + 300
     while not (tmp_path / "run" / "ready").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for pid in children.read_text().split() if children.exists() else ():  # as a terminal or a cluster does
+        os.kill(int(pid), number)
     process.send_signal(number)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == -number, output
@@ -409,6 +428,15 @@ def test_a_second_ctrl_c_strikes_at_once():
         signal.raise_signal(signal.SIGINT)
         pytest.fail("not reached")
     assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):  # another signal too
+        terminate = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            with training._between_iterations(1):
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
+                pytest.fail("not reached")
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
     with pytest.raises(KeyboardInterrupt), training._between_iterations(2):
         signal.raise_signal(signal.SIGINT)
 

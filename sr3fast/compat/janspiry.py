@@ -348,7 +348,7 @@ def _scale(config: Mapping[str, Any] | str | Path | None) -> float | None:
         if low and high:
             return high / low
     sides = re.search(r"_(\d+)_(\d+)$", Path(name).stem)
-    return int(sides[2]) / int(sides[1]) if sides else None
+    return int(sides[2]) / int(sides[1]) if sides and int(sides[2]) > int(sides[1]) else None
 
 
 def _schedule_of(phases: Any) -> Schedule | None:
