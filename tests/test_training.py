@@ -394,6 +394,7 @@ def test_a_warmup_that_the_run_does_not_outlive(photographs, tmp_path):
 def test_a_signal_saves_first(photographs, tmp_path, number):
     body = """
 data, out = map(pathlib.Path, sys.argv[2:])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
 step = Trainer.step
 def told(self, batches):
     loss = step(self, batches)
@@ -420,6 +421,15 @@ train(config(data, out, dropout=0.1, workers=1, iterations=10**6, save_every=10*
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.fixture
+def interruptible():
+    """A background job is born deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_strikes_at_once():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), training._between_iterations(1) as signals:
