@@ -174,14 +174,14 @@ class Upscaler:
 
         y_0s = []
         for i in range(samples or 1):
-            y_T = callback = None
+            callback = None
             if trace is not None and i == 0:
-                y_T = ops.noise(padded.shape, seed, domain=noise.Y_T, device=padded.device)  # the sampler's own
+                y_T = ops.noise(padded.shape, seed, domain=noise.Y_T, device=padded.device)  # as the sampler draws it
                 callback = trace.start(large, padded, y_T, self.model.target, len(self.sampler.table))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "x looks like")  # a bright picture has no negative values
                 warnings.filterwarnings("ignore", "y_0 is not finite")  # refused below
-                y_0 = self.sampler(padded, seed + i, y_T=y_T, callback=callback, progress=progress)
+                y_0 = self.sampler(padded, seed + i, callback=callback, progress=progress)
             assert isinstance(y_0, Tensor)  # not Samples: samples= was not given
             if not y_0.isfinite().all():
                 raise image.ImageError("the result is not finite: damaged weights, or a dtype of too small a range")
