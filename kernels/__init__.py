@@ -1,7 +1,7 @@
 """The ops in Triton: for GPUs without the compiled module, for ROCm, and, interpreted, for tests on a CPU.
 
 Installed as `sr3fast.kernels`; loaded by name from sr3fast/backend.py, which sends f(outs, *inputs) here with
-arguments that sr3fast/ops.py has checked; `conv` and `attention` are called by sr3fast/engine.py, on GPUs only.
+arguments that sr3fast/ops.py has checked; `conv` and `attention` are called by sr3fast/engine, on GPUs only.
 Imports torch and triton only.
 """
 

@@ -54,7 +54,7 @@ class Weights:
     def open(self) -> Upscaler:
         import torch
 
-        from .sampler import find_device
+        from .backend import find_device
         from .upscaling import Upscaler
 
         if self.consistency and self.no_consistency:

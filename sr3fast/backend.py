@@ -147,3 +147,13 @@ def info() -> str:
         ]
         lines.append(f"{op:26}" + "".join(f"{home:9}" for home in best))
     return "\n".join(lines)
+
+
+def find_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of that name, by default the GPU if there is one. ValueError where it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"device {name} is not there ({' '.join(str(error).split())}): use cpu") from error
+    return device

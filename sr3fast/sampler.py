@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
+from .backend import find_device
 from .contract import FLOATS
 from .engine import Engine, refusal
 from .image import resize
@@ -26,7 +27,7 @@ from .unet import UNet
 if TYPE_CHECKING:
     from .weights import Target
 
-__all__ = ["Network", "Run", "Sampler", "Samples", "draw_seed", "find_device", "network"]
+__all__ = ["Network", "Run", "Sampler", "Samples", "draw_seed", "network"]
 
 log = logging.getLogger(__name__)
 
@@ -563,16 +564,6 @@ class _Captured(_Eager):
                 f"f_theta gives other results as a CUDA graph (off by {off:.3g}, more than {tolerance:.3g}):"
                 " it does work on the host that a graph does not repeat; pass graph=False"
             )
-
-
-def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name, by default the GPU if there is one. ValueError where it is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise ValueError(f"device {name} is not there ({' '.join(str(error).split())}): use cpu") from error
-    return device
 
 
 def _parameters(f_theta: Any) -> Iterator[Tensor]:

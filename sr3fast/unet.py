@@ -2,7 +2,7 @@
 
     eps_hat = f_theta(x, y_t, level)
 
-It is the U-Net that Janspiry's SR3 code trains, so the weights people have fit it. engine.py holds the
+It is the U-Net that Janspiry's SR3 code trains, so the weights people have fit it. engine/ holds the
 inference form of the same function.
 """
 

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import image, noise, ops, weights
-from .sampler import Run, Sampler, draw_seed, find_device, network
+from .backend import find_device
+from .sampler import Run, Sampler, draw_seed, network
 from .weights import Model, Target
 
 __all__ = ["Picture", "Spread", "Tiled", "Trace", "Upscaler", "upscale"]

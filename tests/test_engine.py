@@ -17,8 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sr3fast import backend, contract, engine, ops
-from sr3fast.engine import Engine, Form
+from sr3fast import backend, contract, ops
+from sr3fast.engine import Engine, Form, capture, gpu
+from sr3fast.engine import run as engine_run
+from sr3fast.engine.capture import Captures
+from sr3fast.engine.convolution import transposed_weight
+from sr3fast.engine.engine import KEPT
+from sr3fast.engine.tuned import Tuned, choosing
 from sr3fast.sampler import Sampler, network
 from sr3fast.schedule import Schedule
 from sr3fast.unet import UNet
@@ -33,6 +38,7 @@ SMALL = {
 }
 SCHEDULE = Schedule.named("linear", T=2000, start=1e-6, end=1e-2)
 LEVELS = torch.tensor([0.1, 0.5, 0.9])
+CPU = torch.device("cpu")
 NAMES = [field.name for field in dataclasses.fields(Form)]
 CUDA_FORM = dataclasses.replace(Form(), prepacked=False)
 
@@ -152,7 +158,7 @@ def test_upsampling_as_one_transposed_convolution():
     h = torch.randn(2, 5, 6, 7, dtype=torch.float64, generator=g)
     weight = torch.randn(4, 5, 3, 3, dtype=torch.float64, generator=g)
     expected = F.conv2d(F.interpolate(h, scale_factor=2.0, mode="nearest"), weight, padding=1)
-    out = F.conv_transpose2d(h, engine.transposed_weight(weight), stride=2, padding=1)
+    out = F.conv_transpose2d(h, transposed_weight(weight), stride=2, padding=1)
     assert (out - expected).abs().max() < 1e-13
 
 
@@ -291,10 +297,10 @@ def test_threads():
 def test_few_shapes_are_kept():
     net = unet()
     f_theta = Engine(net)
-    for k in range(engine.KEPT + 2):
+    for k in range(KEPT + 2):
         x, y = images(net, B=1, H=8, W=8 * (k + 1))
         assert (run_once(f_theta, x, y) - plain(net, x, y, LEVELS[1])).abs().max() < 1e-5
-    assert [n.shape[3] for n in f_theta._idle] == [8 * (k + 3) for k in range(engine.KEPT)]
+    assert [n.shape[3] for n in f_theta._idle] == [8 * (k + 3) for k in range(KEPT)]
 
 
 def test_copies():
@@ -396,7 +402,7 @@ def captured(monkeypatch, on_cpu_as_on_cuda):
     """Engines replay on the CPU; gives the list of their graphs."""
     graphs = []
 
-    def capture(self, body, reset):
+    def replayed(self, device, body, reset):
         for _ in range(3):  # as the runs before a capture: they spoil the state
             reset()
             body()
@@ -405,18 +411,20 @@ def captured(monkeypatch, on_cpu_as_on_cuda):
         return graphs[-1]
 
     def start(self, x, shape, levels):
-        run = real(self, x, shape, levels)
-        if type(run) is engine._Captured or self.graph is False:
-            return run
-        return engine._Captured(self, run.network, levels)
+        eager = real(self, x, shape, levels)
+        if type(eager) is engine_run.Captured or self.graph is False:
+            return eager
+        captured = engine_run.Captured(eager.network, levels, self._captures)
+        captured.eager = eager  # its end gives the network back
+        return captured
 
     real = Engine.start
     monkeypatch.setattr(Engine, "start", start)
-    monkeypatch.setattr(Engine, "_capture", capture)
-    monkeypatch.setattr(Engine, "_turn", lambda self: self._lock)
+    monkeypatch.setattr(Captures, "capture", replayed)
+    monkeypatch.setattr(Captures, "turn", lambda self, device: self.lock)
     for module in (ops, contract):
         monkeypatch.setattr(module, "is_readable", lambda t: False)  # as if it were on the GPU
-    monkeypatch.setattr(engine, "ROWS", 8)
+    monkeypatch.setattr(engine_run, "ROWS", 8)
     return graphs
 
 
@@ -551,17 +559,17 @@ def test_what_may_be_chosen_by_its_time_in_a_capture(monkeypatch, deterministic)
     FakeCuda(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
     seen = set()
-    body = lambda: seen.add((engine._choosing.get(), torch.backends.cudnn.benchmark))  # noqa: E731
-    Engine(unet())._capture(body, lambda: None)
+    body = lambda: seen.add((choosing.get(), torch.backends.cudnn.benchmark))  # noqa: E731
+    Captures().capture(CPU, body, lambda: None)
     assert seen == {(not deterministic, not deterministic)}
-    assert not engine._choosing.get()
+    assert not choosing.get()
 
 
 def test_how_a_step_is_captured(monkeypatch):
-    f_theta = Engine(unet())
+    captures = Captures()
     cuda = FakeCuda(monkeypatch)
     benchmark, collecting = torch.backends.cudnn.benchmark, gc.isenabled()
-    assert f_theta._capture(lambda: cuda.note("body"), lambda: cuda.note("reset")) == "graph"
+    assert captures.capture(CPU, lambda: cuda.note("body"), lambda: cuda.note("reset")) == "graph"
     assert cuda.calls == [
         ("device", torch.device("cpu")),
         ("pool",),
@@ -583,26 +591,26 @@ def test_how_a_step_is_captured(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match=r"could not be captured as a CUDA graph \(operation not permitted"):
-        f_theta._capture(body, lambda: None)
+        captures.capture(CPU, body, lambda: None)
     assert gc.isenabled() == collecting and torch.backends.cudnn.benchmark == benchmark
 
     def out_of_memory():
         raise torch.cuda.OutOfMemoryError("no memory")
 
     with pytest.raises(torch.cuda.OutOfMemoryError, match="no memory"):
-        f_theta._capture(out_of_memory, lambda: None)
-    f_theta._capture(lambda: None, lambda: None)
+        captures.capture(CPU, out_of_memory, lambda: None)
+    captures.capture(CPU, lambda: None, lambda: None)
     # the pool of a failed capture is not used again
     assert [c[4] for c in cuda.calls if c[0] == "capture"] == ["pool 1", "pool 3"]
 
 
 def test_replays_wait_for_one_another_across_streams(monkeypatch):
-    f_theta = Engine(unet())
+    captures = Captures()
     cuda = FakeCuda(monkeypatch)
     for name in ("a", "a", "b", "a"):
         cuda.now = streams[name] if name in (streams := getattr(cuda, "known", {})) else FakeStream(cuda, name)
         cuda.known = {**streams, name: cuda.now}
-        with f_theta._turn():
+        with captures.turn(CPU):
             cuda.note("replay", name)
     assert cuda.calls == [
         ("replay", "a"),
@@ -630,13 +638,13 @@ def as_on_a_gpu(graph):
         real = getattr(module, name)
         setattr(module, name, lambda *args, f=real, n=name: (launched.append(n), f(*args))[1])
     Form.on = lambda form, device, dtype: dataclasses.replace(form, prepacked=False)
-    engine._kernels = lambda device: kernels
-    engine._processors = lambda device: 1
+    gpu.kernels = lambda device: kernels
+    gpu.processors = lambda device: 1
     kernels.conv.plan = lambda M, N, channels, *_: kernels.conv.Plan(64, 32, 32, 4, 2, 1 + len(channels))
     turns = iter([2.0, 1.0] * 1000)
-    engine._time = lambda device, calls: (calls[0](), next(turns))[1]
-    engine._Tuned.choices.clear()
-    engine._choosing.set(graph)
+    gpu.time_of = lambda device, calls: (calls[0](), next(turns))[1]
+    Tuned.choices.clear()
+    choosing.set(graph)
     found = {}
     for dtype, B, late_bias in itertools.product((torch.float32, torch.bfloat16), (1, 2), (True, False)):
         net = unet(**TINY)
@@ -678,9 +686,9 @@ def test_a_triton_that_cannot_compile_is_told_and_left_out(monkeypatch):
 
     monkeypatch.setattr(backend, "load", lambda home: SimpleNamespace(conv=SimpleNamespace(add=add)))
     with pytest.warns(UserWarning, match="goes without its Triton kernels.*Failed to find C compiler"):
-        assert not engine._compiles.__wrapped__(torch.device("cpu"))
-    monkeypatch.setattr(engine, "_compiles", lambda device: False)
-    assert engine._kernels(torch.device("cuda")) is None
+        assert not gpu.compiles.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(gpu, "compiles", lambda device: False)
+    assert gpu.kernels(torch.device("cuda")) is None
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -724,27 +732,27 @@ def test_tuned_on_a_gpu(batch, exact_cudnn, monkeypatch):
     """Every convolution by its plan, whichever is faster: the network to rounding, the same bits at each replay."""
     if isinstance(refused := backend.load("triton"), str):
         pytest.skip(refused)
-    assert engine._kernels(torch.device("cuda")) is not None
+    assert gpu.kernels(torch.device("cuda")) is not None
     net = unet(channels=64, multipliers=(1, 2, 4), groups=32).cuda()
     x, y = (t.cuda() for t in images(net, B=batch, H=32, W=32))
     levels = LEVELS.cuda()
     expected = plain(net, x, y, levels[1])
     with torch.autocast("cuda", torch.bfloat16):
         autocast = plain(net, x, y, levels[1])
-    monkeypatch.setattr(engine._Tuned, "choices", {})
+    monkeypatch.setattr(Tuned, "choices", {})
     run_once(Engine(net, torch.bfloat16), x, y, levels)
-    assert not engine._Tuned.choices  # torch is asked to be deterministic
-    monkeypatch.setattr(engine, "_asked_to_be_deterministic", lambda: False)
+    assert not Tuned.choices  # torch is asked to be deterministic
+    monkeypatch.setattr(capture, "asked_to_be_deterministic", lambda: False)
     measured = run_once(Engine(net, torch.bfloat16), x, y, levels)
-    assert len(engine._Tuned.choices) > 10
+    assert len(Tuned.choices) > 10
     assert rms(measured - expected) < 1.5 * rms(autocast - expected)
 
     times = itertools.cycle([2.0, 1.0])
-    monkeypatch.setattr(engine._Tuned, "choices", {})
-    monkeypatch.setattr(engine, "_time", lambda device, calls: (calls[0](), next(times))[1])
+    monkeypatch.setattr(Tuned, "choices", {})
+    monkeypatch.setattr(gpu, "time_of", lambda device, calls: (calls[0](), next(times))[1])
     f_theta = Engine(net, torch.bfloat16)
     out = run_once(f_theta, x, y, levels)
-    planned = [plan for plan in engine._Tuned.choices.values() if plan is not None]
+    planned = [plan for plan in Tuned.choices.values() if plan is not None]
     assert len(planned) > 10 and any(plan.split > 1 for plan in planned)
     assert rms(out - expected) < 1.5 * rms(autocast - expected)
     assert not torch.equal(out, run_once(Engine(net, torch.bfloat16, graph=False), x, y, levels))  # it is another way

@@ -21,6 +21,11 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+# of a package's modules, each imports only those before it
+INSIDE = {
+    "engine": ("gpu", "convolution", "form", "tuned", "blocks", "network", "capture", "run", "engine"),
+    "training": ("algorithm", "config", "model", "ranks", "trainer", "validation", "loop"),
+}
 
 
 def modules():
@@ -59,6 +64,17 @@ def test_imports_go_down(path, name):
     ours, _ = imported(path)
     for other in ours & FLOOR.keys() - {name}:
         assert FLOOR[other] < FLOOR[name], f"{name} (floor {FLOOR[name] + 1}) imports {other} ({FLOOR[other] + 1})"
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_a_package_has_its_order_too(package):
+    order = INSIDE[package]
+    assert {path.stem for path in (PACKAGE / package).glob("*.py")} == {*order, "__init__"}
+    for i, name in enumerate(order):
+        for node in ast.walk(ast.parse((PACKAGE / package / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                assert {*names} <= {*order[:i]}, f"{package}/{name}.py imports {names}"
 
 
 def test_every_floor_is_inhabited():

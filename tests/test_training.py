@@ -20,7 +20,7 @@ from PIL import Image
 from sr3fast import noise, training, weights
 from sr3fast.data import DataError, Skipped
 from sr3fast.schedule import Schedule
-from sr3fast.training import TrainConfig, Trainer, TrainingError, train
+from sr3fast.training import TrainConfig, Trainer, TrainingError, loop, ranks, train
 
 SMALL = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, crop=16, batch_size=4, warmup=2)
 SMALL |= dict(lr=2e-3, threads=1, save_every=3, log_every=2, ema=0.9, device="cpu", validation_steps=2)
@@ -292,7 +292,7 @@ def test_a_lost_connection_is_told(photographs, tmp_path, monkeypatch):
     trainer = Trainer(config(photographs, tmp_path))
     trainer.ranks.world = 2
     with pytest.raises(TrainingError, match=r"a rank died .* at iteration 0 .*--resume"):
-        training._guarded(trainer, trainer.pictures(photographs, "flip"), None)
+        loop.guarded(trainer, trainer.pictures(photographs, "flip"), None)
 
 
 # What is refused
@@ -305,7 +305,7 @@ def test_nan_stops_and_leaves_the_checkpoint(photographs, tmp_path, monkeypatch)
         value = loss(*arguments)
         return value * math.nan if int(arguments[6]) == 4 else value
 
-    monkeypatch.setattr(training, "denoising_loss", broken)
+    monkeypatch.setattr("sr3fast.training.trainer.denoising_loss", broken)
     with pytest.raises(TrainingError, match="loss is nan at iteration 4: try a smaller lr"):
         train(config(photographs, tmp_path))
     state = checkpoint(tmp_path)
@@ -390,35 +390,44 @@ def test_a_warmup_that_the_run_does_not_outlive(photographs, tmp_path):
 # Interruption
 
 
+def descendants(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    for child in children.read_text().split() if children.exists() else ():
+        yield int(child)
+        yield from descendants(child)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first(photographs, tmp_path, number):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_saves_first(photographs, tmp_path, number, world):
     body = """
 data, out = map(pathlib.Path, sys.argv[2:])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
 step = Trainer.step
 def told(self, batches):
     loss = step(self, batches)
-    if self.iteration == 2:
+    if self.iteration == 2 and self.ranks.rank == 0:
         (out / "ready").touch()
     return loss
 Trainer.step = told
 train(config(data, out, dropout=0.1, workers=1, iterations=10**6, save_every=10**6))
 """
-    process = start(body, photographs, tmp_path / "run", tmp_path=tmp_path)
+    process = start(body, photographs, tmp_path / "run", ranks=world if world > 1 else 0, tmp_path=tmp_path)
     deadline = time.monotonic() + 300
     while not (tmp_path / "run" / "ready").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for pid in children.read_text().split() if children.exists() else ():  # as a terminal or a cluster does
-        os.kill(int(pid), number)
-    process.send_signal(number)
+    for pid in [*descendants(process.pid), process.pid]:  # as a terminal or a cluster does
+        os.kill(pid, number)
     output = process.communicate(timeout=100)[0]
-    assert process.returncode == -number, output
-    reached = checkpoint(tmp_path / "run")["iteration"]
+    assert process.returncode == -number if world == 1 else process.returncode, output
+    state = checkpoint(tmp_path / "run")
+    reached = state["iteration"]
     assert f"{number.name}: iteration {reached} is in {tmp_path / 'run' / training.CHECKPOINT}" in output
-    train(config(photographs, tmp_path / "whole", dropout=0.1, iterations=reached + 1))
-    train(config(photographs, tmp_path / "run", dropout=0.1, iterations=reached + 1, resume=True))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert output.count("--resume goes on from it") == 1 and len(state["rng"]) == world
+    if world == 1:
+        train(config(photographs, tmp_path / "whole", dropout=0.1, iterations=reached + 1))
+        train(config(photographs, tmp_path / "run", dropout=0.1, iterations=reached + 1, resume=True))
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.fixture
@@ -432,7 +441,7 @@ def interruptible():
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_strikes_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), training._between_iterations(1) as signals:
+    with pytest.raises(KeyboardInterrupt), ranks.between_iterations(1) as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
@@ -441,14 +450,31 @@ def test_a_second_ctrl_c_strikes_at_once():
     with pytest.raises(KeyboardInterrupt):  # another signal too
         terminate = signal.signal(signal.SIGTERM, lambda *_: None)
         try:
-            with training._between_iterations(1):
+            with ranks.between_iterations(1):
                 signal.raise_signal(signal.SIGTERM)
                 signal.raise_signal(signal.SIGINT)
                 pytest.fail("not reached")
         finally:
             signal.signal(signal.SIGTERM, terminate)
-    with pytest.raises(KeyboardInterrupt), training._between_iterations(2):
-        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_what_a_launcher_sends_on_strikes_once():
+    with pytest.raises(KeyboardInterrupt), ranks.between_iterations(2) as signals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert signals == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+
+
+def test_a_signal_to_another_rank_strikes_here_too(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks.Ranks, "largest", lambda self, number, device: signal.SIGTERM)
+    struck = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: struck.append(number))
+    try:
+        train(config(photographs, tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert struck == [signal.SIGTERM] and checkpoint(tmp_path)["iteration"] == 1
 
 
 # Validation
@@ -456,7 +482,7 @@ def test_a_second_ctrl_c_strikes_at_once():
 
 def test_validation_is_logged_and_runs_once_an_iteration(photographs, tmp_path, monkeypatch):
     calls, validate = [], training.validate
-    monkeypatch.setattr(training, "validate", lambda *a: calls.append(a[1]) or validate(*a))
+    monkeypatch.setattr(loop, "validate", lambda *a: calls.append(a[1]) or validate(*a))
     train(config(photographs, tmp_path, iterations=4, validation=photographs, validate_every=2))
     log = [json.loads(line) for line in (tmp_path / training.LOG).read_text().splitlines()]
     scores = [entry for entry in log if "psnr" in entry]

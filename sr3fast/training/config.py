@@ -1,0 +1,117 @@
+"""A run's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on. The message says where it stopped, what to try, and which checkpoint is
+    left.
+    """
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run; the flags of `sr3fast train`.
+
+    The options of the model are by default those of the weights that the run begins with or resumes, and one that
+    is given must agree with them; new weights have what stands behind "new".
+    """
+
+    data: Path  # folder of pictures, of hr/ and lr/, Janspiry's folders or LMDB, or a .npy [N, C, H, W]
+    out: Path  # folder of the run: checkpoint.pt, model/, log.jsonl
+    resume: bool = False  # go on from the checkpoint in `out`
+    iterations: int = 100_000  # optimizer steps in all, those before --resume included
+    batch_size: int = 16  # of one rank and iteration, micro-batches included
+    crop: int = 64  # side of a training crop, in pixels of the target
+    lr: float = 1e-4  # learning rate at its highest
+    seed: int = 0  # of weights, order, augmentation, noise
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    save_every: int = 1000  # iterations between checkpoints
+
+    scale: float | None = None  # model: how many times smaller the source is (new: 4)
+    channels: int | None = None  # model: width of the first level (new: 32; SR3's: 64)
+    multipliers: tuple[int, ...] | None = None  # model: of the width, a level (new: 1 2 4 4; SR3's: 1 2 4 8 8)
+    blocks: int | None = None  # model: residual blocks a level (new: 2)
+    attention: tuple[int, ...] | None = None  # model: resolutions with attention, from the crop's side on (new: none)
+    groups: int | None = None  # model: of the norms (new: 8; SR3's: 32)
+    dropout: float | None = None  # model: share of what it leaves out (new: 0; SR3's 16 -> 128: 0.2)
+    image_channels: int | None = None  # model: of the pictures (new: 3)
+    variant: str | None = None  # model: sr3, told a continuous noise level (new), or ddpm, an integer t
+    target: str | None = None  # model: what y_0 is: image, SR3's own (new), or residual, clip(k (image - x)), SRDiff's
+    k: float | None = None  # model: of a residual (new: 1)
+    clip: float | None = None  # model: bound on a residual (new: 1)
+    schedule: str | None = None  # model: of beta: linear (new), quad, warmup10, warmup50, const, cosine
+    T: int | None = None  # model: steps of the schedule (new: 2000)
+    beta_start: float | None = None  # model: the first beta (new: 1e-6)
+    beta_end: float | None = None  # model: the last beta (new: 1e-2)
+    level: str | None = None  # model: what it is told: sqrt_gamma (new), gamma, or t (variant ddpm)
+
+    p_gamma: str = "gamma"  # uniform between its neighbours in gamma (the paper) or sqrt_gamma (Janspiry)
+    t_per: str = "sample"  # sample, or batch: one t for the whole batch, as Janspiry's code
+    p: int = 2  # of the loss |eps_hat - eps|^p: 1 or 2
+
+    optimizer: str = "adam"  # adam or adamw
+    weight_decay: float = 0.0  # of the optimizer
+    betas: tuple[float, float] = (0.9, 0.999)  # of the optimizer
+    warmup: int = 1000  # iterations over which lr rises linearly
+    cooldown: int = 0  # last iterations, over which lr falls linearly to 0
+    accumulate: int = 1  # micro-batches an iteration
+    max_norm: float = 1.0  # of the gradient; 0: no clipping
+    ema: float = 0.9999  # decay at most; (1 + i) / (10 + i) while that is less
+    bf16: bool = True  # autocast; parameters, statistics of norms and the loss stay float32
+
+    augment: str = "flip"  # none, flip, dihedral
+    workers: int = 0  # processes that load data
+    threads: int = 0  # of torch on the CPU; 0: its own choice
+    compile: bool = False  # torch.compile the network
+    capture: bool = False  # CUDA: forward and backward as one graph
+
+    log_every: int = 50  # iterations
+    validation: Path | None = None  # data that is not trained on
+    validate_every: int = 5000  # iterations
+    validation_steps: int = 10  # of the sampler
+    tensorboard: bool = False  # write scalars and samples to out/tensorboard
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "crop", "save_every", "accumulate", "log_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        for name, choices in (
+            ("p_gamma", ("gamma", "sqrt_gamma")),
+            ("t_per", ("sample", "batch")),
+            ("optimizer", tuple(OPTIMIZERS)),
+            ("p", (1, 2)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}: got {getattr(self, name)!r}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide the batch: got batch_size={self.batch_size}, accumulate={self.accumulate}"
+            )
+        if not self.lr > 0 or not 0 <= self.ema < 1:
+            raise ValueError(f"lr must be above 0 and ema in [0, 1): got lr={self.lr}, ema={self.ema}")
+
+
+def learning_rate(config: TrainConfig, iteration: int) -> float:
+    """lr times a linear rise over the first `warmup` iterations and a linear fall over the last
+    `cooldown`.
+    """
+    rise = min(1.0, (iteration + 1) / max(1, config.warmup))
+    fall = min(1.0, (config.iterations - iteration) / config.cooldown) if config.cooldown else 1.0
+    return config.lr * rise * fall
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration in types that a checkpoint may hold."""
+    plain = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {
+        name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for name, v in plain.items()
+    }

@@ -1,0 +1,157 @@
+"""The loop around the iterations: checkpoints, the log, validation."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import Pictures
+from ..weights import Model
+from .config import TrainConfig, TrainingError, learning_rate
+from .ranks import between_iterations, is_lost_rank, process_group
+from .trainer import CHECKPOINT, Trainer
+from .validation import contact_sheet, validate
+
+LOG, SHEET = "log.jsonl", "contact_sheet.png"
+
+
+def train(
+    config: TrainConfig, start: Model | None = None, moments: dict[str, dict[str, Tensor]] | None = None
+) -> Model:
+    """Train as `config` says, on every rank that torchrun started; returns the averaged model.
+
+    start, moments: weights and Adam's state to begin with (see Trainer), from `weights.load`, or from
+    `compat.janspiry.model` and `moments`.
+
+    SIGINT and SIGTERM, of any rank, take effect after the iteration, which is saved first (in the main thread); of a
+    process that trains alone, a second one takes effect at once.
+
+    Raises:
+        DataError: data that cannot be trained on, before anything is written.
+        ValueError: a configuration that cannot be or contradicts the weights, a device that is not there, or a
+            checkpoint that is damaged or of another configuration.
+        FileExistsError: `out` holds a run, and resume is off.
+        FileNotFoundError: it holds none, and resume is on.
+        TrainingError: the loss is not finite, a checkpoint cannot be written, a rank died.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    out = Path(config.out)
+    if (out / CHECKPOINT).exists() and not config.resume:
+        raise FileExistsError(f"{out} holds a run: give --resume to go on with it, or another --out")
+    if config.warmup > config.iterations:
+        warnings.warn(
+            f"the run ends within its warmup, and lr never reaches {config.lr:g}: got iterations={config.iterations}, "
+            f"warmup={config.warmup}",
+            stacklevel=2,
+        )
+    with process_group(config.device):
+        return run(config, start, moments)
+
+
+def run(config: TrainConfig, start: Model | None, moments: dict[str, dict[str, Tensor]] | None) -> Model:
+    trainer = Trainer(config, start, moments)
+    pictures = trainer.pictures(config.data, config.augment)
+    held_out = None if config.validation is None else trainer.pictures(config.validation, "none")
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    guarded(trainer, pictures, held_out)
+    return trainer.averaged_model()
+
+
+def guarded(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> None:
+    try:
+        with between_iterations(trainer.ranks.world) as signals:
+            loop(trainer, pictures, held_out, signals)
+    except RuntimeError as error:
+        if trainer.ranks.world > 1 and not isinstance(error, TrainingError) and is_lost_rank(error):
+            raise TrainingError(
+                f"a rank died or lost its connection at iteration {trainer.iteration} ({error}): "
+                "start all ranks again with --resume, they go on from the last checkpoint"
+            ) from error
+        raise
+
+
+def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signals: list[int]) -> None:
+    config, out = trainer.config, Path(trainer.config.out)
+    leader = trainer.ranks.rank == 0
+    batches = trainer.batches(pictures)
+    images = config.batch_size * trainer.ranks.world
+    writer = tensorboard(out) if config.tensorboard and leader else None
+    bar = tqdm(total=config.iterations, initial=trainer.iteration, disable=None if leader else True, unit="it")
+    losses, since = [], time.perf_counter()
+    stop = 0  # the number of a signal
+    while trainer.iteration < config.iterations and not stop:
+        losses.append(trainer.step(batches))
+        i = trainer.iteration
+        bar.update()
+        if i % config.log_every == 0 or i == config.iterations:
+            seconds = time.perf_counter() - since
+            entry = {
+                "loss": sum(losses) / len(losses),
+                "lr": learning_rate(config, i - 1),
+                "images_per_second": len(losses) * images / seconds,
+            }
+            losses, since = [], time.perf_counter()
+            bar.set_postfix(loss=f"{entry['loss']:.4f}", images_s=f"{entry['images_per_second']:.1f}")
+            if leader:
+                log(out, i, entry, "train", writer)
+        if i % config.save_every == 0 or i == config.iterations:
+            trainer.save()
+        if held_out and leader and i % config.validate_every == 0 and i < config.iterations:
+            validated(trainer, held_out, writer)
+        stop = trainer.ranks.largest(signals[0] if signals else 0, trainer.device)
+    bar.close()
+    if stop:
+        trainer.save()
+        signals[:] = [stop]  # whichever rank it came to
+        name, i = signal.Signals(stop).name, trainer.iteration
+        if leader:
+            tqdm.write(f"{name}: iteration {i} is in {out / CHECKPOINT}, --resume goes on from it")
+    elif leader:
+        rows = validated(trainer, held_out, writer) if held_out else _validate(trainer, pictures)[1]
+        contact_sheet(rows, out / SHEET)
+    if writer:
+        writer.close()
+
+
+def log(out: Path, iteration: int, entry: dict[str, float], name: str, writer: Any) -> None:
+    """A line of log.jsonl; None for what is not finite."""
+    plain = {key: value if math.isfinite(value) else None for key, value in entry.items()}
+    with open(out / LOG, "a", encoding="utf-8") as log:
+        log.write(json.dumps({"iteration": iteration, **plain}) + "\n")
+    if writer:
+        for key, value in entry.items():
+            writer.add_scalar(f"{name}/{key}", value, iteration)
+
+
+def validated(trainer: Trainer, held_out: Pictures, writer: Any) -> list:
+    """The rows of `validate`, its scores told and logged."""
+    i = trainer.iteration
+    scores, rows = _validate(trainer, held_out)
+    tqdm.write(f"iteration {i}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    log(Path(trainer.config.out), i, scores, "validation", writer)
+    if writer:
+        for j, row in enumerate(rows):
+            writer.add_image(f"validation/{j}", (torch.cat(row, -1).clamp(-1, 1) + 1) / 2, i)
+    return rows
+
+
+def _validate(trainer: Trainer, pictures: Pictures) -> tuple[dict[str, float], list]:
+    return validate(trainer.averaged_model(), pictures, trainer.config.validation_steps)
+
+
+def tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TrainingError("--tensorboard needs TensorBoard: pip install 'sr3fast[train]'") from error
+    return SummaryWriter(str(out / "tensorboard"))

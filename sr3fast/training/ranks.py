@@ -1,0 +1,109 @@
+"""One process of several, and the signals that end a run."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # early: its defaults keep for ever the process group that they find at import
+
+from ..backend import find_device
+
+
+@dataclass
+class Ranks:
+    """This process among those of torchrun; alone without it."""
+
+    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", 0)))
+    world: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", 1)))
+    local: int = field(default_factory=lambda: int(os.environ.get("LOCAL_RANK", 0)))
+
+    def device(self, name: str) -> torch.device:
+        """This rank's of that name; auto: cuda where there is one, else cpu."""
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name != "cuda":
+            return find_device(name)
+        device = find_device(f"cuda:{self.local}")
+        torch.cuda.set_device(device)
+        return device
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def largest(self, number: int, device: torch.device) -> int:
+        """Of every rank's number."""
+        if self.world == 1:
+            return number
+        largest = torch.tensor(number, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """The ranks' way to each other, for a run on that device."""
+    ranks = Ranks()
+    if ranks.world == 1:
+        yield
+        return
+    backend = "nccl" if ranks.device(device).type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    try:
+        yield
+    finally:
+        # the trainer goes first: a thread of gloo that outlives the interpreter aborts the process
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in text or "connection" in text
+
+
+@contextlib.contextmanager
+def between_iterations(world: int) -> Iterator[list[int]]:
+    """The list of SIGINT and SIGTERM as they come; at the end the first strikes as it would have. A second one
+    strikes at once where this process is alone; to several ranks the launcher sends on what they have already.
+    """
+    signals: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+
+    def note(number: int, frame: object) -> None:
+        signals.append(number)
+        for other, handler in handlers.items() if world == 1 else ():
+            signal.signal(other, handler)
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield signals
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if signals:
+        signal.raise_signal(signals[0])
+
+
+def ignore_interrupts(worker: int) -> None:
+    """A process that loads data: what the whole group gets is for the one that trains and may need another batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
