@@ -42,8 +42,8 @@ class Weights:
     """The same seed gives the same noise on every machine."""
     tile: int | None = None
     """Largest side of a window in pixels, 0 for none; by default windows of 512 above 1 megapixel."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the network's arithmetic."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the network's arithmetic; by default bfloat16 where the device has it, else float32."""
     device: str | None = None
     """cpu, cuda, cuda:1; by default the GPU if there is one."""
     consistency: bool = False
@@ -66,7 +66,7 @@ class Weights:
             tile=self.tile,
             solver=self.solver,
             grid=self.grid,
-            dtype=getattr(torch, self.dtype),
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
             device=find_device(self.device),
             consistency=self.consistency or (False if self.no_consistency else None),  # None: as the weights say
         )
@@ -316,13 +316,14 @@ def evaluate(options: Evaluate) -> int:
         with _writing(options.json):
             check_writable(options.json)
     upscaler = options.open() if options.result is None or options.bits is not None else None
-    scale = options.scale if upscaler is None else upscaler.scale
+    if upscaler is None and options.source is None and options.scale is None:
+        raise ValueError("--result needs --scale, or --source to tell it from: how much the pictures were enlarged")
     found = evaluate(
         options.truth,
         upscaler,
         source=options.source,
         result=options.result,
-        scale=_scale_of(options.truth, options.source) if scale is None else scale,
+        scale=options.scale,
         seed=options.seed,
         limit=options.limit,
         bits=options.bits,
@@ -336,24 +337,6 @@ def evaluate(options: Evaluate) -> int:
         with _writing(options.json), atomic(options.json) as temporary:
             temporary.write_text(json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n")
     return _failures(len(found.failed), len(found.failed) + len(found.scores), "measured")
-
-
-def _scale_of(truth: Path, source: Path | None) -> float:
-    """How much larger than its source the first truth is that can be read: whole, where it need only be cut."""
-    from .evaluation import pictures
-    from .image import ImageError
-
-    if source is None:
-        raise ValueError("--result needs --scale, or --source to tell it from: how much the pictures were enlarged")
-    truths, sources = pictures(truth), pictures(source)
-    pairs = [(truths[name], sources[name]) for name in truths if name in sources]
-    for pair in pairs or zip(truths.values(), sources.values(), strict=False):
-        with contextlib.suppress(ImageError):
-            high, low = (_read(path).size for path in pair)
-            scale = min(a / b for a, b in zip(high, low, strict=True))
-            whole = int(scale)
-            return whole if all(a - whole * b < whole for a, b in zip(high, low, strict=True)) else scale
-    raise ValueError(f"no picture of {source} can be read: give --scale")
 
 
 # ----------------------------------------------------------------------------- the other commands

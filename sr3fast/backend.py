@@ -146,6 +146,9 @@ def info() -> str:
             next(h for h in homes if not isinstance(load(h), str) and hasattr(load(h), op)) for homes in HOMES.values()
         ]
         lines.append(f"{op:26}" + "".join(f"{home:9}" for home in best))
+    device = find_device()
+    fast = str(fast_dtype(device)).removeprefix("torch.")
+    lines.append(f"\npictures are upscaled on {device}, in {fast} where nothing else is asked for")
     return "\n".join(lines)
 
 
@@ -157,3 +160,12 @@ def find_device(name: torch.device | str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise ValueError(f"device {name} is not there ({' '.join(str(error).split())}): use cpu") from error
     return device
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has arithmetic for it, float32 elsewhere."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:  # of other versions of torch we know nothing
+        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if fast else torch.float32

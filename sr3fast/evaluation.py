@@ -1,14 +1,15 @@
 """Results against the truth, beside bicubic: PSNR, SSIM, consistency and power spectrum of whole folders.
 
-print(evaluate("truth", Upscaler(steps=25)))           upscale, then measure
-print(evaluate("truth", result="finished"))            measure what anyone made
+print(evaluate("truth", Upscaler(steps=25)))              upscale, then measure
+print(evaluate("truth", source="small", result="made"))   measure what anyone made
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from . import image, metrics
 from .bound import variational_bound
 from .image import ImageError, Photo
-from .upscaling import Upscaler
+from .upscaling import Tiled, Upscaler
 
 __all__ = ["BICUBIC", "RESULT", "Evaluation", "Scores", "evaluate", "pictures", "stems"]
 
@@ -106,10 +107,12 @@ def evaluate(
         source: the low-resolution pictures, by the truth's names; by default the truth is shrunk by bicubic.
         result: finished pictures, by the truth's names; no network runs. Of the truth's size, before or after
             it is cut.
-        scale: how much finished pictures were enlarged; an upscaler brings its own, and needs none.
+        scale: how much finished pictures were enlarged, by default what the sizes of truth and source tell; an
+            upscaler brings its own.
         seed: of every picture.
         limit: measure the first so many.
-        bits: also the variational bound, from so many noise levels, 2 to T (T of them: exactly); needs an upscaler.
+        bits: also the variational bound, from so many noise levels, 2 to T (T of them: exactly); needs an upscaler,
+            whose network runs in its weights' own dtype.
         progress: show a bar over the pictures.
 
     Raises:
@@ -121,13 +124,17 @@ def evaluate(
         raise ValueError("give an upscaler, or finished pictures as result")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1: got {limit}")
-    if bits is not None:
-        _check_bits(upscaler, bits)
-    scale = scale if upscaler is None else upscaler.scale
-    if scale is None or not scale >= 1:
-        raise ValueError(f"finished pictures need scale, at least 1, how much they were enlarged: got {scale}")
+    bound = None if bits is None else _bound(upscaler, bits, seed)
+    if upscaler is None and scale is None and source is None:
+        raise ValueError("finished pictures need scale, how much they were enlarged, or source to tell it from")
+    if upscaler is None and scale is not None and not scale >= 1:
+        raise ValueError(f"scale must be at least 1: got {scale}")
     truths = pictures(truth)
     sources = _partners(truths, source)
+    if upscaler is not None:
+        scale = upscaler.scale
+    elif scale is None:
+        scale = _scale_of((truths[name], sources[name]) for name in truths if name in sources)
     results = _partners(truths, result)
     scores: dict[str, dict[str, Scores]] = {}
     failed: dict[Path, Exception] = {}
@@ -145,9 +152,8 @@ def evaluate(
             else:
                 made = _finished(_partner(name, path, results, result), whole.size, high.size)
             row = {BICUBIC: _scores(low.resized(high.size), high, low), RESULT: _scores(made, high, low)}
-            if bits is not None:
-                assert upscaler is not None
-                bounds.append(_bits(upscaler, high, low, bits, seed))
+            if bound is not None:
+                bounds.append(bound(high, low))
             scores[name] = row
         except (ImageError, OSError) as error:
             failed[path] = error
@@ -198,6 +204,19 @@ def _partner(name: str, truth: Path, partners: dict[str, Path], place: str | Pat
     if name not in partners:
         raise ImageError(f"no picture named {name} in {place}", truth)
     return partners[name]
+
+
+def _scale_of(pairs: Iterable[tuple[Path, Path]]) -> float:
+    """How much larger than its source the first truth is that can be read: whole, where it need only be cut."""
+    for pair in pairs:
+        with contextlib.suppress(ImageError, OSError):
+            high, low = (image.header(path)[0] for path in pair)
+            scale = min(a / b for a, b in zip(high, low, strict=True))
+            whole = int(scale)
+            scale = whole if all(a - whole * b < whole for a, b in zip(high, low, strict=True)) else scale
+            if scale >= 1:
+                return scale
+    raise ValueError("no truth and its source can be read, the source the smaller: give scale")
 
 
 def _color(path: Path) -> Photo:
@@ -255,24 +274,26 @@ def _scores(picture: Photo, truth: Photo, source: Photo) -> Scores:
     )
 
 
-def _check_bits(upscaler: Upscaler | None, bits: int) -> None:
+def _bound(upscaler: Upscaler | None, steps: int, seed: int) -> Callable[[Photo, Photo], float]:
+    """f(truth, source): the variational bound on -log2 p(truth given source), in bits a dimension."""
     if upscaler is None:
         raise ValueError("bits needs an upscaler: the bound is of its network")
-    if upscaler.model.target.kind != "image":
+    model, channels, device = upscaler.model, upscaler.channels, upscaler.device
+    if model.target.kind != "image":
         raise ValueError("bits needs weights whose target is the image: a residual is on no 256 levels")
-    T = upscaler.model.schedule.T
-    if not min(2, T) <= bits <= T:
-        raise ValueError(f"bits must lie in {min(2, T)}..T = {T}: got {bits}")
+    T = model.schedule.T
+    if not min(2, T) <= steps <= T:
+        raise ValueError(f"bits must lie in {min(2, T)}..T = {T}: got {steps}")
+    f_theta = Tiled(model.unet, upscaler.tiled.tile)
 
+    def bits(high: Photo, low: Photo) -> float:
+        x, y_0 = (
+            image.reflect_pad(p.tensor(channels)[None], model.unet.multiple).to(device)
+            for p in (low.resized(high.size), high)
+        )
+        return variational_bound(f_theta, x, y_0, model.schedule, seed, level=model.level, steps=steps)["bits"]
 
-def _bits(upscaler: Upscaler, high: Photo, low: Photo, bits: int, seed: int) -> float:
-    """The variational bound on -log2 p(truth given source)."""
-    model = upscaler.model
-    x, y_0 = (
-        image.reflect_pad(p.tensor(upscaler.channels)[None], model.unet.multiple).to(upscaler.device)
-        for p in (low.resized(high.size), high)
-    )
-    return variational_bound(upscaler.tiled, x, y_0, model.schedule, seed, level=model.level, steps=bits)["bits"]
+    return bits
 
 
 def _mean(values: Iterable[float | None]) -> Any:

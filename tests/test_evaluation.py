@@ -196,8 +196,26 @@ def test_a_source_made_here_is_one_that_a_file_holds(tmp_path, upscaler):
     assert evaluate(tmp_path / "truth.png", upscaler, source=tmp_path / "small.png").scores == made
 
 
-@pytest.mark.parametrize("scale", [None, 0.5, float("nan")])
-def test_finished_pictures_need_the_scale(tmp_path, scale):
+def test_finished_pictures_need_the_scale(tmp_path):
     picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="finished pictures need scale, at least 1, how much they were enlarged: got"):
-        evaluate(tmp_path, result=tmp_path, scale=scale)
+    with pytest.raises(ValueError, match="finished pictures need scale, how much they were enlarged, or source"):
+        evaluate(tmp_path, result=tmp_path)
+    for scale in (0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"scale must be at least 1: got {scale}"):
+            evaluate(tmp_path, result=tmp_path, scale=scale)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "a.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="no truth and its source can be read, the source the smaller: give scale"):
+        evaluate(tmp_path / "a.png", source=tmp_path / "small" / "a.png", result=tmp_path / "a.png")
+
+
+def test_the_scale_of_finished_pictures_is_told_from_their_sources(tmp_path):
+    for folder, size in (("truth", (66, 65)), ("small", (16, 16)), ("made", (66, 65))):
+        (tmp_path / folder).mkdir()
+        picture(tmp_path / folder / "b.png", size=size)
+    for folder in ("truth", "small", "made"):
+        (tmp_path / folder / "a.png").write_bytes(b"broken")
+    found = evaluate(tmp_path / "truth", source=tmp_path / "small", result=tmp_path / "made")
+    assert list(found.failed) == [tmp_path / "truth" / "a.png"]
+    told = evaluate(tmp_path / "truth", source=tmp_path / "small", result=tmp_path / "made", scale=4)
+    assert found.scores == told.scores and "b" in found.scores

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sr3fast import image, noise, ops
+from sr3fast import backend, image, noise, ops
 from sr3fast.sampler import Sampler
 from sr3fast.schedule import Schedule
 from sr3fast.unet import UNet
@@ -176,8 +176,28 @@ def test_the_result_is_the_samplers_own():
     x = image.to_tensor(picture.resize((44, 36), Image.Resampling.BICUBIC))[None]
     y_0 = Sampler(m.unet, SCHEDULE, steps=3)(x, 7)
     expected = image.to_picture(m.target.decode(y_0, x)[0])
-    assert np.array_equal(array(upscale(picture, m, seed=7)), array(expected))
-    assert not np.array_equal(array(upscale(picture, m, seed=8)), array(expected))
+    own = {"dtype": torch.float32}
+    assert np.array_equal(array(upscale(picture, m, seed=7, **own)), array(expected))
+    assert not np.array_equal(array(upscale(picture, m, seed=8, **own)), array(expected))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_dtype_is_what_the_device_is_fast_in(fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast, raising=False)
+    picture, m = blobs(11, 9), model()
+    expected = upscale(picture, m, dtype=torch.bfloat16 if fast else torch.float32)
+    other = upscale(picture, m, dtype=torch.float32 if fast else torch.bfloat16)
+    assert np.array_equal(array(upscale(picture, m)), array(expected))
+    assert 0 < np.abs(array(expected).astype(float) - array(other)).mean() < 1
+    m.unet.to(torch.float16)  # the weights' own, where they have one
+    assert Upscaler(m).tiled.network.dtype is None
+    assert backend.fast_dtype(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_the_dtype_on_a_gpu(capability, fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backend.fast_dtype(torch.device("cuda", 1)) == fast
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
@@ -301,7 +321,7 @@ def test_consistency_adds_what_the_source_lacks():
         small = array(result.resize(picture.size, Image.Resampling.BICUBIC))
         return np.abs(small - array(picture)).mean()
 
-    loose, tight = (upscale(picture, m, consistency=c) for c in (False, True))
+    loose, tight = (upscale(picture, m, consistency=c, dtype=torch.float32) for c in (False, True))
     assert error(tight) < 0.7 * error(loose)
     source, x = image.to_tensor(picture)[None], image.to_tensor(image.bicubic(picture, (56, 44)))[None]
     y_0 = m.target.decode(Sampler(m.unet, SCHEDULE, steps=3)(x), x)
