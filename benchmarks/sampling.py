@@ -215,7 +215,7 @@ def check_agreement(unet: UNet, x: Tensor) -> dict[str, float]:
         with torch.autocast(x.device.type, torch.bfloat16):
             errors["autocast"] = _error(plain(*inputs), expected)
         for dtype in (torch.float32, torch.bfloat16):
-            run = Engine(unet, dtype).start(x, y.shape, level)
+            run = Engine(unet, dtype).start_run(x, y.shape, level)
             run.into.copy_(y)
             errors[str(dtype).removeprefix("torch.")] = _error(run(0), expected)
     finally:

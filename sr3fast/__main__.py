@@ -23,7 +23,7 @@ BAD_INPUT = 2  # exit code, the same as for options that do not parse
 
 
 @dataclass(kw_only=True)
-class Weights:
+class Sampling:
     """Which network, and how it is run: the options that upscale and evaluate share."""
 
     weights: str = "photo-x4"
@@ -54,7 +54,7 @@ class Weights:
     def open(self) -> Upscaler:
         import torch
 
-        from .backend import find_device
+        from .device import find_device
         from .upscaling import Upscaler
 
         if self.consistency and self.no_consistency:
@@ -96,7 +96,7 @@ def _is_janspirys(name: str) -> bool:
 
 
 @dataclass(kw_only=True)
-class Upscale(Weights):
+class Upscale(Sampling):
     """Enlarge pictures.
 
     A file becomes NAME-x4.png beside it, the pictures of a folder FOLDER-x4/NAME.png. What is there already
@@ -285,7 +285,7 @@ def _beside(path: Path, word: str) -> Path:
 
 
 @dataclass(kw_only=True)
-class Evaluate(Weights):
+class Evaluate(Sampling):
     """Measure results against the truth, beside bicubic: PSNR, SSIM, consistency and power spectrum.
 
     Without --source the sources are made from the truth, by bicubic. With --result finished pictures are
@@ -446,7 +446,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     import tyro
 
     config: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
-    if issubclass(options, Weights):  # sr3fast upscale photo.jpg, but sr3fast train --data photos
+    if issubclass(options, Sampling):  # sr3fast upscale photo.jpg, but sr3fast train --data photos
         config += (tyro.conf.PositionalRequiredArgs,)
     parsed: Any = tyro.cli(options, args=list(arguments), prog=f"sr3fast {command}", config=config)
     return function(parsed)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import fast_dtype, find_device
+
 OPS = (
     "noise",
     "refine",
@@ -150,22 +152,3 @@ def info() -> str:
     fast = str(fast_dtype(device)).removeprefix("torch.")
     lines.append(f"\npictures are upscaled on {device}, in {fast} where nothing else is asked for")
     return "\n".join(lines)
-
-
-def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name, by default the GPU if there is one. ValueError where it is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise ValueError(f"device {name} is not there ({' '.join(str(error).split())}): use cpu") from error
-    return device
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has arithmetic for it, float32 elsewhere."""
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:  # of other versions of torch we know nothing
-        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.bfloat16 if fast else torch.float32

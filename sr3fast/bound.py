@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import noise, ops
 from .schedule import Schedule, half_logsnr
+from .unet import evaluation_mode
 
 
 def variational_bound(
@@ -58,7 +59,7 @@ def variational_bound(
             told = torch.full((len(y_0),), t - 1, device=y_0.device)
         else:
             told = torch.full((len(y_0), 1), g if level == "gamma" else math.sqrt(g), device=y_0.device)
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(f_theta):
             eps_hat = f_theta(x, y_t, told).double()
         return y_t.double(), eps_hat, (eps_hat - eps).square().mean().item()
 

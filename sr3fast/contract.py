@@ -333,10 +333,10 @@ def _interleaved(a: Tensor, b: Tensor) -> bool:
         return False
     apart = abs(a.data_ptr() - b.data_ptr()) // a.element_size()
     channel = a.stride(1)
-    if apart % channel != 0:
+    if channel == 0 or apart % channel != 0:
         return False
     between = apart // channel
-    wider = min(s for s in (a.stride(0), a.stride(2), a.stride(3)) if s >= channel) if channel else 0
+    wider = min(s for s in (a.stride(0), a.stride(2), a.stride(3)) if s >= channel)
     return between >= max(a.shape[1], b.shape[1]) and (between + max(a.shape[1], b.shape[1])) * channel <= wider
 
 

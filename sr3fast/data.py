@@ -26,6 +26,8 @@ from torch.utils.data import Dataset, Sampler
 
 from . import image, noise
 
+_JANSPIRY = re.compile(r"sr_(\d+)_(\d+)")  # a folder of theirs: x, enlarged from one side to the other
+
 SUFFIXES = (*image.SUFFIXES, ".npy")
 AUGMENTATIONS = ("none", "flip", "dihedral")
 
@@ -82,10 +84,13 @@ def open_items(path: str | Path, scale: float = 4) -> list[Item]:
         raise DataError(f"{path}: the data must be a folder, or an array in a .npy file")
     if (path / "data.mdb").exists():
         return _lmdb_items(path)
-    sources = sorted(path.glob("sr_*_*"))
-    if sources:
-        side = sources[0].name.split("_")[2]
-        return _pair_items(path / f"hr_{side}", sources[0], scale)
+    theirs = [folder for folder in sorted(path.iterdir()) if _JANSPIRY.fullmatch(folder.name) and folder.is_dir()]
+    if len(theirs) > 1:
+        raise DataError(
+            f"{path} holds several of Janspiry's folders, keep one: got {', '.join(f.name for f in theirs)}"
+        )
+    if theirs:
+        return _pair_items(path / f"hr_{theirs[0].name.split('_')[2]}", theirs[0], scale)
     if (path / "hr").is_dir():
         return _pair_items(path / "hr", path / "lr", scale)
     return [
@@ -163,7 +168,14 @@ def _skip(name: object, problem: object) -> None:
 
 
 def _pair_items(targets: Path, sources: Path, scale: float) -> list[Item]:
-    names = [{f.relative_to(folder).with_suffix(""): f for f in _files(folder)} for folder in (targets, sources)]
+    names: list[dict[Path, Path]] = [{}, {}]
+    for found, folder in zip(names, (targets, sources), strict=True):
+        for file in _files(folder):
+            name = file.relative_to(folder).with_suffix("")
+            if name in found:
+                both = " and ".join(sorted((found[name].name, file.name)))
+                raise DataError(f"names without their suffix tell pairs: {folder} has {both}")
+            found[name] = file
     alone = sorted(set(names[0]) ^ set(names[1]))
     if alone:
         folder, other = (targets, sources) if alone[0] in names[0] else (sources, targets)

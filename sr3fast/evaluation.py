@@ -26,7 +26,7 @@ from .upscaling import Tiled, Upscaler
 __all__ = ["BICUBIC", "RESULT", "Evaluation", "Scores", "evaluate", "pictures", "stems"]
 
 BICUBIC, RESULT = "bicubic", "result"
-SSIM_SIDE, SPECTRUM_SIDE = 11, 64  # least sides in pixels: a window, and 32 rings
+SPECTRUM_SIDE = 64  # pixels of 32 rings
 
 
 class Scores(NamedTuple):
@@ -71,7 +71,7 @@ class Evaluation:
                 numbers = map(_number, s, (8, 7, 16, 12), (2, 4, 2, 2))
                 lines.append(" ".join((f"{name[-24:]:24s} {who:8s}", *numbers)))
         if any(None in s for scores in self.scores.values() for s in scores.values()):
-            lines.append(f"-: SSIM needs sides of {SSIM_SIDE} pixels, the spectrum of {SPECTRUM_SIDE}")
+            lines.append(f"-: SSIM needs sides of {metrics.SSIM_SIDE} pixels, the spectrum of {SPECTRUM_SIDE}")
         if self.bits is not None:
             lines.append(f"\nvariational bound: {self.bits:.4f} bits a dimension")
         return "\n".join(lines)
@@ -268,7 +268,7 @@ def _scores(picture: Photo, truth: Photo, source: Photo) -> Scores:
     side = min(truth.size)
     return Scores(
         metrics.psnr(y, y_0).item(),
-        metrics.ssim(y, y_0).item() if side >= SSIM_SIDE else None,
+        metrics.ssim(y, y_0).item() if side >= metrics.SSIM_SIDE else None,
         metrics.consistency(y, small).item() * 1e5,
         metrics.spectral_distance(y, y_0).item() if side >= SPECTRUM_SIDE else None,
     )
@@ -287,6 +287,8 @@ def _bound(upscaler: Upscaler | None, steps: int, seed: int) -> Callable[[Photo,
     f_theta = Tiled(model.unet, upscaler.tiled.tile)
 
     def bits(high: Photo, low: Photo) -> float:
+        if high.color.mode == "F":
+            raise ImageError("the bound is of pictures with 256 levels: this one has 16 bits")
         x, y_0 = (
             image.reflect_pad(p.tensor(channels)[None], model.unet.multiple).to(device)
             for p in (low.resized(high.size), high)

@@ -95,7 +95,9 @@ def naming(picture: object) -> Iterator[None]:
 def files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The pictures of a folder and its subfolders, in the order of their names; hidden ones are left out."""
     return sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in suffixes and p.is_file() and not any(s[0] == "." for s in p.relative_to(folder).parts)
     )
 
 

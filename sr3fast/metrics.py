@@ -1,6 +1,6 @@
 """What the field measures of a super-resolved picture, a number a sample.
 
-Pictures are [B, C, H, W] in [-1, 1]; psnr and ssim round them to 8 bits first, as published numbers do.
+Pictures are [B, C, H, W] of floats in [-1, 1]; psnr and ssim round them to 8 bits first, as published numbers do.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ import torch.nn.functional as F
 
 from .image import quantize, resize
 
+SSIM_SIDE = 11  # pixels of its window
+
+
+def _check_float(*pictures: torch.Tensor) -> None:
+    for y in pictures:
+        if not y.is_floating_point():
+            raise TypeError(f"pictures are compared as floats in [-1, 1]: got {y.dtype} (x / 127.5 - 1 of uint8)")
+
 
 def _pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_float(a, b)
     if a.ndim != 4 or a.shape != b.shape:
         raise ValueError(f"two batches of one shape [B, C, H, W] are compared: got {list(a.shape)} and {list(b.shape)}")
     return a.detach(), b.detach()
@@ -31,8 +40,8 @@ def ssim(y: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     K = 0.01 and 0.03 of 255, population moments, mean over the channels.
     """
     a, b = _pair(y, truth)
-    if min(a.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs sides of at least 11 pixels: got {a.shape[-2]} x {a.shape[-1]}")
+    if min(a.shape[-2:]) < SSIM_SIDE:
+        raise ValueError(f"SSIM needs sides of at least {SSIM_SIDE} pixels: got {a.shape[-2]} x {a.shape[-1]}")
     a, b = quantize(a).double(), quantize(b).double()
     place = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
     window = torch.exp(-place.square() / (2 * 1.5**2))
@@ -57,6 +66,7 @@ def consistency(y: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
     down is Pillow's bicubic; no rounding.
     """
+    _check_float(y, source)
     if y.ndim != 4 or y.shape[:2] != source.shape[:2]:
         raise ValueError(f"batch and channels of y and source differ: {list(y.shape)} and {list(source.shape)}")
     down = resize(y.detach().float(), (source.shape[-2], source.shape[-1]))
@@ -68,6 +78,7 @@ def spectrum(y: torch.Tensor, bins: int = 32) -> torch.Tensor:
 
     Of a Hann-windowed picture with its mean removed, averaged over the channels and the ring.
     """
+    _check_float(y)
     if y.ndim != 4:
         raise ValueError(f"a batch [B, C, H, W] is needed: got {list(y.shape)}")
     values = y.detach().double()

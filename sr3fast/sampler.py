@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
-from .backend import find_device
 from .contract import FLOATS
+from .device import find_device
 from .engine import Engine, refusal
 from .image import resize
-from .schedule import Schedule
+from .schedule import Schedule, whole
 from .solver import LEVELS, Table, default, rows
-from .unet import UNet
+from .unet import evaluation_mode
 
 if TYPE_CHECKING:
     from .weights import Target
@@ -115,7 +115,7 @@ class Sampler:
         target: Target | None = None,
         scale: float | None = None,
     ):
-        if not (callable(f_theta) or hasattr(f_theta, "start")):
+        if not (callable(f_theta) or hasattr(f_theta, "start_run")):
             raise TypeError(f"f_theta must be callable as f_theta(x, y_t, level): got {type(f_theta).__name__}")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a sr3fast.Schedule: got {type(schedule).__name__}")
@@ -263,21 +263,23 @@ class Sampler:
         *,
         count: int = 8,
         of: str = "y",
+        shape: Sequence[int] | None = None,
+        y_T: Tensor | None = None,
+        start: float | None = None,
+        z: Callable[[int], Tensor] | None = None,
         consistency: bool = False,
-        **options: Any,
+        progress: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (step, picture) of `count` steps evenly spread over the run, the last of them y_0 itself.
 
         of="y" shows the state, from pure noise (step N) on; of="y_0_hat" what it is expected to become, from
         the first row (step N - 1) on. Pictures are [B, C, H, W], decoded and clamped to [-1, 1]; the other
-        arguments are those of `iterate`. Nothing runs further than the frames that are asked for.
+        arguments are those of a call. Nothing runs further than the frames that are asked for.
         """
         if of not in ("y", "y_0_hat"):
             raise ValueError(f'of must be "y" or "y_0_hat": got {of!r}')
-        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
-            raise ValueError(f"count must be a whole number of at least 2: got {count!r}")
-        progress = options.pop("progress", False)
-        inputs = self._inputs(x, seed, consistency=consistency, **options)
+        whole("count", count, at_least=2)
+        inputs = self._inputs(x, seed, shape, y_T, start, z, consistency)
         return self._frames(inputs, count, of, consistency, progress)
 
     def _frames(
@@ -310,8 +312,8 @@ class Sampler:
         N = len(table)
         history = [torch.empty_like(y) for _ in range(table.depth)]  # m_{t+1}, m_{t+2}
         y_0_hat = None if callback is None else torch.empty_like(y)
-        with _evaluation(self.f_theta), _bar(N, progress) as bar:
-            f_theta = self._network.start(x, y.shape, table.levels(self.level).to(y.device))
+        with evaluation_mode(self.f_theta), _bar(N, progress) as bar:
+            f_theta = self._network.start_run(x, y.shape, table.levels(self.level).to(y.device))
             f_theta.into.copy_(y)
             whole = f_theta.loop(y, table.rows, seed) if z is None and hasattr(f_theta, "loop") else None
             for i, row in enumerate(table.rows.tolist()):
@@ -475,17 +477,17 @@ class _Inputs:
 class Network(Protocol):
     """What starts a run: the engine, the adapter, windows over either."""
 
-    def start(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> Run:
+    def start_run(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> Run:
         """A run over `levels`, float32 or int64 [N], for x [B, Cx, H, W] or None and y of `shape`."""
         ...
 
 
 def network(f_theta: Any, dtype: torch.dtype | None = None, graph: bool | str = "auto") -> Network:
     """f_theta itself where it starts its runs, the engine for our UNet, the adapter for another callable."""
-    if hasattr(f_theta, "start"):
+    if hasattr(f_theta, "start_run"):
+        if dtype is not None or graph != "auto":
+            raise ValueError(f"{type(f_theta).__name__} starts its own runs: give it dtype and graph, not the sampler")
         return f_theta
-    if type(f_theta) is UNet and dtype is None and (own := f_theta.conv_in.weight.dtype) not in FLOATS:
-        raise TypeError(f"a UNet's parameters must be float32, float16 or bfloat16, or dtype= one of them: got {own}")
     if refusal(f_theta) is None:
         return Engine(f_theta, dtype, graph=graph)
     return _Adapter(f_theta, dtype, graph is True)
@@ -499,15 +501,15 @@ class _Adapter:
         self.dtype = dtype
         self.graph = graph
 
-    def start(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> _Eager:
+    def start_run(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> _EagerRun:
         if self.graph and levels.device.type != "cuda":
             raise ValueError(f"graph=True captures a CUDA graph: got tensors on {levels.device}")
         dtype = self.dtype or next((p.dtype for p in _parameters(self.f_theta) if p.is_floating_point()), torch.float32)
-        run = _Captured if self.graph else _Eager
+        run = _CapturedRun if self.graph else _EagerRun
         return run(self.f_theta, None if x is None else x.to(dtype), shape, levels, dtype)
 
 
-class _Eager:
+class _EagerRun:
     def __init__(self, f_theta: Function, x: Tensor | None, shape: Sequence[int], levels: Tensor, dtype: torch.dtype):
         self.f_theta = f_theta
         self.x = x
@@ -525,7 +527,7 @@ class _Eager:
         return eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
 
 
-class _Captured(_Eager):
+class _CapturedRun(_EagerRun):
     """The same as a CUDA graph, captured at the first row; its first replays are checked against eager."""
 
     CHECKED = 2  # the second row has another y_t and level: a graph that ignores them shows
@@ -568,19 +570,6 @@ class _Captured(_Eager):
 
 def _parameters(f_theta: Any) -> Iterator[Tensor]:
     return iter(f_theta.parameters() if isinstance(f_theta, nn.Module) else ())
-
-
-@contextlib.contextmanager
-def _evaluation(f_theta: Any) -> Iterator[None]:
-    """No dropout inside, and every submodule's mode as it was outside."""
-    training = [m for m in f_theta.modules() if m.training] if isinstance(f_theta, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # --------------------------------------------------------------------------------------- arguments

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -122,12 +123,12 @@ class Schedule:
             end: the last beta. cosine and jsd use neither start nor end.
 
         Raises:
+            TypeError: a T that is no whole number.
             ValueError: an unknown name, T below 1, or betas that make an alpha_t outside (0, 1].
         """
         if name not in _BETAS:
             raise ValueError(f"schedule must be one of {', '.join(NAMES)}: got {name!r}")
-        if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-            raise ValueError(f"T must be a whole number of at least 1: got {T!r}")
+        T = whole("T", T, at_least=1)
         config = {"name": name, "T": T, "start": float(start), "end": float(end)}
         return cls(_BETAS[name](T, float(start), float(end)), config)
 
@@ -182,3 +183,12 @@ class Schedule:
         given = {k: v for k, v in self.config.items() if k != "betas"}
         how = ", ".join(f"{k}={v!r}" for k, v in given.items()) or f"betas of your own, T={self.T}"
         return f"Schedule({how}; gamma_T={self.gamma[-1].item():.3g})"
+
+
+def whole(name: str, value: Any, at_least: int) -> int:
+    """value, a whole number of Python's or NumPy's. TypeError: it is none; ValueError: it is less."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number: got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}: got {value}")
+    return int(value)

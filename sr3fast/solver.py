@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import Schedule, half_logsnr, sigmoid2
+from .schedule import Schedule, half_logsnr, sigmoid2, whole
 
 __all__ = ["GRIDS", "LEVELS", "SOLVERS", "Row", "Table", "default", "rows"]
 
@@ -167,7 +167,7 @@ class Interval(NamedTuple):
         return (math.log(self.b / self.a) + math.log1p(-self.a) - math.log1p(-self.b)) / 2
 
 
-class Weights(NamedTuple):
+class Coefficients(NamedTuple):
     """The part of a `Row` in which solvers differ."""
 
     A: float = 0.0
@@ -184,33 +184,33 @@ class _Options:
     variance: float
 
 
-Solver = Callable[[Sequence[Interval], _Options], Iterator[Weights]]
+Solver = Callable[[Sequence[Interval], _Options], Iterator[Coefficients]]
 
 
-def _sr3(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
+def _sr3(intervals: Sequence[Interval], options: _Options) -> Iterator[Coefficients]:
     """Algorithm 2: y' = (y - (1-alpha)/sqrt(1-gamma_a) f)/sqrt(alpha) + sqrt(1-alpha) z."""
     for step in intervals:
         a, alpha = step.a, step.alpha
-        yield Weights(
+        yield Coefficients(
             A=1 / math.sqrt(alpha),
             B=-(1 - alpha) / math.sqrt(1 - a) / math.sqrt(alpha),
             S=0.0 if step.last else math.sqrt(1 - alpha),
         )
 
 
-def _ddpm(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
+def _ddpm(intervals: Sequence[Interval], options: _Options) -> Iterator[Coefficients]:
     """q(y_b given y_0 = m, y_a); its variance, on a log scale, from the posterior's (0) to 1 - alpha (1)."""
     for step in intervals:
         a, b, alpha = step.a, step.b, step.alpha
         posterior = (1 - b) * (1 - alpha) / (1 - a)
-        yield Weights(
+        yield Coefficients(
             A=math.sqrt(alpha) * (1 - b) / (1 - a),
             C0=math.sqrt(b) * (1 - alpha) / (1 - a),
             S=0.0 if step.last else math.sqrt(posterior ** (1 - options.variance) * (1 - alpha) ** options.variance),
         )
 
 
-def _ddim(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
+def _ddim(intervals: Sequence[Interval], options: _Options) -> Iterator[Coefficients]:
     """y' = sqrt(gamma_b) m + sqrt(1-gamma_b-s^2) eps_hat + s z, s = eta times the posterior's deviation.
 
     eps_hat = (y - sqrt(gamma_a) m)/sqrt(1-gamma_a), derived again so that it agrees with the clipped m.
@@ -219,7 +219,7 @@ def _ddim(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]
         a, b = step.a, step.b
         s = options.eta * math.sqrt((1 - b) / (1 - a) * (1 - step.alpha))
         A = math.sqrt((1 - b - s * s) / (1 - a))
-        yield Weights(A=A, C0=math.sqrt(b) - A * math.sqrt(a), S=s)
+        yield Coefficients(A=A, C0=math.sqrt(b) - A * math.sqrt(a), S=s)
 
 
 def _extrapolation(before: Interval | None, step: Interval) -> float:
@@ -227,24 +227,24 @@ def _extrapolation(before: Interval | None, step: Interval) -> float:
     return 0.0 if before is None or step.last else step.h / (2 * before.h)
 
 
-def _dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
+def _dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[Coefficients]:
     """y' = sqrt((1-gamma_b)/(1-gamma_a)) y + sqrt(gamma_b) (1 - e^-h) D; the last step returns m."""
     before = None
     for step in intervals:
         w = _extrapolation(before, step)
         G = math.sqrt(step.b) * -math.expm1(-step.h)
-        yield Weights(A=math.sqrt((1 - step.b) / (1 - step.a)), C0=G * (1 + w), C1=-G * w)
+        yield Coefficients(A=math.sqrt((1 - step.b) / (1 - step.a)), C0=G * (1 + w), C1=-G * w)
         before = step
 
 
-def _sde_dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
+def _sde_dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[Coefficients]:
     """y' = sqrt((1-gamma_b)/(1-gamma_a)) e^-h y + sqrt(gamma_b) k D + sqrt((1-gamma_b) k) z, k = 1-e^-2h."""
     before = None
     for step in intervals:
         w = _extrapolation(before, step)
         k = -math.expm1(-2 * step.h)
         G = math.sqrt(step.b) * k
-        yield Weights(
+        yield Coefficients(
             A=math.sqrt((1 - step.b) / (1 - step.a)) * math.exp(-step.h),
             C0=G * (1 + w),
             C1=-G * w,
@@ -253,7 +253,7 @@ def _sde_dpmpp2m(intervals: Sequence[Interval], options: _Options) -> Iterator[W
         before = step
 
 
-def _unipc2(intervals: Sequence[Interval], options: _Options) -> Iterator[Weights]:
+def _unipc2(intervals: Sequence[Interval], options: _Options) -> Iterator[Coefficients]:
     """UniPC of order 2, B2: dpm++2m predicts a step, and the next m corrects it.
 
     Predicted and corrected y share y's coefficient, so they differ by m's alone:
@@ -295,12 +295,13 @@ SOLVERS: dict[str, Solver] = {
     "sde-dpm++2m": _sde_dpmpp2m,
     "unipc2": _unipc2,
 }
+EXTRAPOLATING = ("dpm++2m", "sde-dpm++2m", "unipc2")  # over the step before, which has a length then
 
 
-def _langevin(gamma: float, snr: float) -> Weights:
+def _langevin(gamma: float, snr: float) -> Coefficients:
     """y' = y + delta score + sqrt(2 delta) z, score = -f/sqrt(1-gamma), delta = 2 snr^2 (1-gamma)."""
     delta = 2 * snr**2 * (1 - gamma)
-    return Weights(A=1.0, B=-delta / math.sqrt(1 - gamma), S=math.sqrt(2 * delta))
+    return Coefficients(A=1.0, B=-delta / math.sqrt(1 - gamma), S=math.sqrt(2 * delta))
 
 
 # ---------------------------------------------------------------------------------------------- table
@@ -349,8 +350,8 @@ def rows(
     Sources: SR3 arXiv:2104.07636; DDPM arXiv:2006.11239; DDIM arXiv:2010.02502; DPM-Solver++
     arXiv:2211.01095; UniPC arXiv:2302.04867; Langevin corrector arXiv:2011.13456.
     """
-    steps = None if steps is None else _whole("steps", steps, at_least=1)
-    corrector_steps = _whole("corrector_steps", corrector_steps, at_least=0)
+    steps = None if steps is None else whole("steps", steps, at_least=1)
+    corrector_steps = whole("corrector_steps", corrector_steps, at_least=0)
     solver = default(steps, grid) if solver is None else solver
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}: got {solver!r}")
@@ -387,6 +388,8 @@ def rows(
         gamma, t = gamma[skip:], t[skip:]
 
     ends = [*gamma.tolist(), 1.0]
+    if solver in EXTRAPOLATING and (flat := next((a for a, b in pairwise(ends) if a >= b), None)) is not None:
+        raise ValueError(f"the levels of {solver} must rise, and betas of 0 leave them: got gamma {flat:.6g} twice")
     intervals = [Interval(a, b) for a, b in pairwise(ends)]
     table: list[tuple[Row, int]] = []  # with the index of the level at which f_theta is evaluated
     for i, weights in enumerate(SOLVERS[solver](intervals, _Options(eta, variance))):
@@ -400,7 +403,7 @@ def rows(
     return Table(values, gamma[index], t[index], depth)
 
 
-def _row(gamma: float, clip: float, weights: Weights) -> Row:
+def _row(gamma: float, clip: float, weights: Coefficients) -> Row:
     return Row(1 / math.sqrt(gamma), math.sqrt((1 - gamma) / gamma), clip, *weights)
 
 
@@ -416,14 +419,6 @@ def _clip(clip: float | EllipsisType | None, solver: str) -> float:
     if not clip > 0:
         raise ValueError(f"clip must be above 0, or None for no clip: got {clip}")
     return float(clip)
-
-
-def _whole(name: str, value: int, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number: got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}: got {value}")
-    return value
 
 
 def _check_share(name: str, value: float, solver: str, owner: str) -> None:

@@ -8,9 +8,12 @@ inference form of the same function.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -302,3 +305,27 @@ def check_config(config: dict[str, Any]) -> None:
         )
     if not 0.0 <= config["dropout"] < 1.0:
         raise ValueError(f"dropout must be in [0, 1): got {config['dropout']}")
+
+
+_evaluated: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many are inside `evaluation_mode`
+_evaluated_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluation_mode(f_theta: Any) -> Iterator[None]:
+    """No dropout inside, and every submodule's mode as it was outside, also where several overlap."""
+    modules = list(f_theta.modules()) if isinstance(f_theta, nn.Module) else []
+    with _evaluated_lock:
+        ours = [m for m in modules if m.training or m in _evaluated]
+        for module in ours:
+            _evaluated[module] = _evaluated.get(module, 0) + 1
+            module.training = False
+    try:
+        yield
+    finally:
+        with _evaluated_lock:
+            for module in ours:
+                _evaluated[module] -= 1
+                if not _evaluated[module]:
+                    del _evaluated[module]
+                    module.training = True

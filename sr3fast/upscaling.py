@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import image, noise, ops, weights
-from .backend import fast_dtype, find_device
+from .device import fast_dtype, find_device
 from .sampler import Run, Sampler, draw_seed, network
 from .weights import Model, Target
 
@@ -67,14 +67,15 @@ def upscale(
         model: the name of weights that ship, a folder of weights.save, or a weights.Model. For a checkpoint
             of Janspiry's code: compat.janspiry.model("I1_E1_gen.pth", scale=4).
         scale: the weights' own by default; one that they do not support is refused.
-        steps, solver, grid: see Sampler; by default what the weights' card says, else 25 steps.
+        steps, solver, grid: see Sampler; by default what the weights' card says, else 25 steps. The card's solver and
+            grid belong together: where one of them is given, the card has no say in the other.
         seed: the same seed gives the same noise on every device, tiled or not. None draws one, which the log
             tells (level INFO).
         tile: the largest side of a window, 0 for the whole picture at once; by default windows of at most 512
             where the result has more than 2^20 pixels.
         dtype: of the network's arithmetic; by default bfloat16 where the device has it, else float32 (results of the
             two differ by about a level of 255). y_t is float32.
-        device: by default where a Model's parameters are, else the GPU if there is one.
+        device: by default where a Model's parameters are, else the GPU if there is one. A Model is moved there.
         consistency: add up(source - down(y_0)), so that the result shrinks to the source.
         samples: draw this many, with seeds seed, seed + 1, ...; a Spread is returned.
         trace: receives pictures of y_t on the way.
@@ -131,7 +132,9 @@ class Upscaler:
                 f"{unet.in_channels - unet.out_channels} -> {unet.out_channels}"
             )
         self.consistency = card.get("consistency", False) if consistency is None else consistency
-        if solver is None and grid is None:  # the card's solver and grid belong together
+        if steps is None and (grid is None or isinstance(grid, str)):  # a list of levels has its own length
+            steps = card.get("steps", 25)
+        if solver is None and grid is None:
             solver, grid = card.get("solver"), card.get("grid")
         self.last_seed: int | None = None
         if dtype is None and (own := next(unet.parameters())).dtype == torch.float32:
@@ -141,7 +144,7 @@ class Upscaler:
             self.tiled,
             model.schedule,
             solver=solver,
-            steps=card.get("steps", 25) if steps is None else steps,
+            steps=steps,
             grid=grid,
             level=model.level,
             target=model.target,
@@ -276,7 +279,7 @@ class Tiled(nn.Module):
         batch: windows that go through the network together; by default 1 on a CPU and 8 elsewhere.
         dtype: of the network's input and arithmetic; by default that of the parameters.
 
-    It has the interface of the engine (`start`), so a Sampler runs it as it runs a network.
+    It has the interface of the engine (`start_run`), so a Sampler runs it as it runs a network.
     """
 
     def __init__(
@@ -302,55 +305,60 @@ class Tiled(nn.Module):
         if hasattr(f_theta, "out_channels"):
             self.out_channels = f_theta.out_channels
 
-    def forward(self, x: Tensor, y_t: Tensor, level: Tensor) -> Tensor:
-        """eps_hat of y_t's shape; level [B, 1] or [B], the same for the whole batch."""
-        run = self.start(x, y_t.shape, level.flatten()[:1])
+    def forward(self, x: Tensor | None, y_t: Tensor, level: Tensor) -> Tensor:
+        """eps_hat of y_t's shape, for inference: it has no gradient.
+
+        x: [B, Cx, H, W] or None; y_t: [B, Cy, H, W]; level: [B, 1] or [B], the same for the whole batch.
+        """
+        if not (level == level.flatten()[0]).all():
+            raise ValueError(f"the windows of a batch share one level: got {level.flatten().tolist()}")
+        run = self.start_run(x, y_t.shape, level.flatten()[:1])
         run.into.copy_(y_t)
         return run(0)
 
-    def start(self, x: Tensor, shape: Sequence[int], levels: Tensor) -> Run:
+    def start_run(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> Run:
         """A run over `levels` [N] for y of `shape` [B, C, H, W], its sides multiples of the network's."""
         H, W = shape[2:]
         tile = self.tile
         if tile is None:
             tile = TILE if H * W > UNTILED else 0
         if not tile or tile >= max(H, W):
-            return self.network.start(x, shape, levels)
+            return self.network.start_run(x, shape, levels)
         return _TiledRun(self, tile, x, shape, levels)
 
 
 class _TiledRun:
-    def __init__(self, tiled: Tiled, tile: int, x: Tensor, shape: Sequence[int], levels: Tensor):
+    def __init__(self, tiled: Tiled, tile: int, x: Tensor | None, shape: Sequence[int], levels: Tensor):
         B, C, H, W = shape
+        device = levels.device
         tops, row_weights = windows(H, tile, tiled.multiple)
         lefts, column_weights = windows(W, tile, tiled.multiple)
         h, w = row_weights.shape[1], column_weights.shape[1]
         self.windows = [
             (
                 (slice(b, b + 1), slice(None), slice(top, top + h), slice(left, left + w)),
-                (row[:, None] * column).to(x.device),
+                (row[:, None] * column).to(device),
             )
             for b in range(B)
             for top, row in zip(tops, row_weights, strict=True)
             for left, column in zip(lefts, column_weights, strict=True)
         ]
-        most = tiled.batch or (1 if x.device.type == "cpu" else 8)
+        most = tiled.batch or (1 if device.type == "cpu" else 8)
         calls = math.ceil(len(self.windows) / most)
         self.batch = math.ceil(len(self.windows) / calls)
         self.x = x
-        self.into = torch.empty(tuple(shape), device=x.device)
-        self.eps_hat = torch.empty(tuple(shape), device=x.device)
-        first = x.new_empty(self.batch, x.shape[1], h, w)
-        self.run = tiled.network.start(first, (self.batch, C, h, w), levels)
-        assert self.run.x is not None
-        self.source = self.run.x
+        self.into = torch.empty(tuple(shape), device=device)
+        self.eps_hat = torch.empty(tuple(shape), device=device)
+        first = None if x is None else x.new_empty(self.batch, x.shape[1], h, w)
+        self.run = tiled.network.start_run(first, (self.batch, C, h, w), levels)
 
     def __call__(self, i: int) -> Tensor:
         self.eps_hat.zero_()
         for start in range(0, len(self.windows), self.batch):
             group = self.windows[start : start + self.batch]
             for k, (place, _) in enumerate(group):
-                self.source[k : k + 1].copy_(self.x[place])
+                if self.x is not None and self.run.x is not None:
+                    self.run.x[k : k + 1].copy_(self.x[place])
                 self.run.into[k : k + 1].copy_(self.into[place])
             for eps_hat, (place, weight) in zip(self.run(i), group):  # noqa: B905  the last group may be smaller
                 self.eps_hat[place] += weight * eps_hat

@@ -88,6 +88,8 @@ class Model:
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ValueError(f"level must be one of {', '.join(LEVELS)}: got {self.level!r}")
+        if self.scale is not None and not 1 <= self.scale < float("inf"):
+            raise ValueError(f"scale must be at least 1: got {self.scale}")
         if (self.level == "t") != (self.unet.variant == "ddpm"):
             raise ValueError(f"a {self.unet.variant} network is not conditioned on level={self.level!r}")
 

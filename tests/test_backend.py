@@ -12,6 +12,7 @@ import torch
 from conftest import random, same_bits
 
 from sr3fast import backend, ops
+from sr3fast.device import find_device
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -237,3 +238,10 @@ def test_beyond_two_to_the_31():
     y = random(2, 1, 1, 8)
     out = ops.refine(y, y, 0.9, 0.5, 1, 2, into=big)
     assert same_bits(big.contiguous(), out.bfloat16())
+
+
+def test_the_first_gpu_is_not_the_default_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "device", lambda name: asked.append(name) or "cpu")
+    find_device(0)
+    assert asked == [0]

@@ -109,3 +109,23 @@ def test_bins_of_the_decoder_are_the_normal_distributions():
         assert torch.allclose(got, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
     every = torch.linspace(-1, 1, 256, dtype=torch.float64)
     assert log_bin(every, torch.full_like(every, 0.37), 0.2).exp().sum().item() == pytest.approx(1)
+
+
+def test_dropout_is_no_part_of_the_bound():
+    torch.manual_seed(0)
+    f_theta = torch.nn.Dropout(0.5).train()
+    y_0 = torch.zeros(1, 1, 4, 4)
+    schedule = Schedule.named("linear", T=10, start=1e-4, end=0.5)
+    bounds = [variational_bound(lambda x, y, _: f_theta(y), None, y_0, schedule)["bits"] for _ in range(2)]
+    assert bounds[0] != bounds[1]
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = f_theta
+
+        def forward(self, x, y_t, level):
+            return self.drop(y_t)
+
+    bounds = [variational_bound(Network(), None, y_0, schedule)["bits"] for _ in range(2)]
+    assert bounds[0] == bounds[1] and f_theta.training

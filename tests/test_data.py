@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,3 +287,28 @@ def test_order_covers_epochs_splits_over_ranks_and_resumes():
     merged = [key for i in range(0, 20, 2) for rank in ranks for key in rank[i : i + 2]]
     assert merged == whole
     assert take(10, batch=2, seed=3, rank=1, world=2, start=5) == ranks[1][10:]
+
+
+def test_names_like_janspirys_are_no_folders_of_theirs(tmp_path):
+    for name in ("a.png", "sr_x_y.png", "sr_16_64.png"):
+        picture(tmp_path, name)
+    assert len(open_items(tmp_path)) == 3
+    for name in ("hr_64", "sr_16_64", "sr_8_64"):
+        picture(tmp_path / name, "0.png", (64, 64))
+    with pytest.raises(DataError, match="several of Janspiry's folders, keep one: got sr_16_64, sr_8_64"):
+        open_items(tmp_path)
+
+
+def test_two_pictures_of_one_name_are_told(tmp_path):
+    for name in ("a.png", "a.jpg"):
+        picture(tmp_path / "hr", name)
+    picture(tmp_path / "lr", "a.png", (12, 10))
+    with pytest.raises(DataError, match=r"names without their suffix tell pairs: .*hr has a\.jpg and a\.png"):
+        open_items(tmp_path)
+
+
+def test_hidden_folders_are_left_out(tmp_path):
+    hidden = tmp_path / ".hidden"
+    for folder in (hidden, hidden / ".thumbnails", hidden / "in"):
+        picture(folder, "a.png")
+    assert [Path(item.name).relative_to(hidden) for item in open_items(hidden)] == [Path("a.png"), Path("in/a.png")]

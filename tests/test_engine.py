@@ -70,7 +70,7 @@ def plain(net, x, y, level):
 
 
 def run_once(f_theta, x, y, levels=LEVELS, i=1):
-    run = f_theta.start(x, y.shape, levels)
+    run = f_theta.start_run(x, y.shape, levels)
     run.into.copy_(y)
     return run(i).clone()
 
@@ -135,7 +135,7 @@ def test_every_network(config, gpu, request):
     net = unet(**config)
     x, y = images(net, B=3)
     levels = torch.tensor([1, 700, 1999]) if net.variant == "ddpm" else LEVELS
-    run = Engine(net).start(x, y.shape, levels)
+    run = Engine(net).start_run(x, y.shape, levels)
     for i in (2, 0, 1):
         run.into.copy_(y)
         assert (run(i) - plain(net, x, y, levels[i])).abs().max() < 1e-5
@@ -244,7 +244,7 @@ def test_repack_for_a_change_that_cannot_be_seen():
     net = unet()
     x, y = images(net)
     f_theta = Engine(net)
-    run = f_theta.start(x, y.shape, LEVELS)
+    run = f_theta.start_run(x, y.shape, LEVELS)
     net.conv_out.weight.data[1].mul_(2)
     f_theta.repack()
     expected = plain(net, x, y, LEVELS[1])
@@ -263,7 +263,7 @@ def test_runs_interleave():
     net = unet()
     (x1, y1), (x2, y2) = images(net, seed=1), images(net, seed=2)
     f_theta = Engine(net)
-    first, second = f_theta.start(x1, y1.shape, LEVELS), f_theta.start(x2, y2.shape, LEVELS.flip(0))
+    first, second = f_theta.start_run(x1, y1.shape, LEVELS), f_theta.start_run(x2, y2.shape, LEVELS.flip(0))
     first.into.copy_(y1)
     second.into.copy_(y2)
     assert (first(0) - plain(net, x1, y1, LEVELS[0])).abs().max() < 1e-5
@@ -331,7 +331,7 @@ def test_the_sampler_takes_the_engine_for_our_unet_only():
     for f_theta, reason in (
         (Other(**SMALL), "got Other"),
         (hooked, "hook of mid.0"),
-        (replaced, "forward was replaced"),
+        (replaced, "forward of the network was replaced"),
         (exchanged, "got Sequential as conv_out"),
         (F.silu, "got function"),
     ):
@@ -348,7 +348,7 @@ def test_errors():
     with pytest.raises(ValueError, match="graph must be"):
         Engine(net, graph="yes")
     with pytest.raises(ValueError, match=r"graph=True captures a CUDA graph: got weights on cpu"):
-        Engine(net, graph=True).start(x, y.shape, LEVELS)
+        Engine(net, graph=True).start_run(x, y.shape, LEVELS)
     f_theta = Engine(net)
     for arguments, message in (
         ((None, y.shape, LEVELS), "x is missing"),
@@ -361,9 +361,26 @@ def test_errors():
         ((x.to("meta"), y.shape, LEVELS), "x must be where the weights are, on cpu: got meta"),
     ):
         with pytest.raises(ValueError, match=message):
-            f_theta.start(*arguments)
+            f_theta.start_run(*arguments)
     assert not f_theta._idle
     assert "Engine(UNet" in repr(f_theta)
+
+
+def test_layers_that_are_patched_or_hooked_later_are_refused():
+    """A patched layer makes another function: the engine must not compute the old one without a word."""
+    net = unet()
+    x, y = images(net)
+    f_theta = Engine(net)
+    f_theta.start_run(x, y.shape, LEVELS)
+    net.conv_out.forward = torch.zeros_like
+    with pytest.raises(TypeError, match=r"the forward of conv_out was replaced.*a Sampler made of it now calls it"):
+        f_theta.start_run(x, y.shape, LEVELS)
+    assert not isinstance(network(net), Engine)
+    del net.conv_out.forward
+    f_theta.start_run(x, y.shape, LEVELS)
+    net.conv_in.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="a hook of conv_in would not run in the engine"):
+        f_theta.start_run(x, y.shape, LEVELS)
 
 
 # ---------------------------------------------------------------------------------- the captured step
@@ -410,16 +427,16 @@ def captured(monkeypatch, on_cpu_as_on_cuda):
         graphs.append(Replayed(body))
         return graphs[-1]
 
-    def start(self, x, shape, levels):
+    def start_run(self, x, shape, levels):
         eager = real(self, x, shape, levels)
-        if type(eager) is engine_run.Captured or self.graph is False:
+        if type(eager) is engine_run.CapturedRun or self.graph is False:
             return eager
-        captured = engine_run.Captured(eager.network, levels, self._captures)
+        captured = engine_run.CapturedRun(eager.network, levels, self._captures)
         captured.eager = eager  # its end gives the network back
         return captured
 
-    real = Engine.start
-    monkeypatch.setattr(Engine, "start", start)
+    real = Engine.start_run
+    monkeypatch.setattr(Engine, "start_run", start_run)
     monkeypatch.setattr(Captures, "capture", replayed)
     monkeypatch.setattr(Captures, "turn", lambda self, device: self.lock)
     for module in (ops, contract):
@@ -477,7 +494,7 @@ def test_one_graph_a_shape_whatever_else_changes(captured):
 def test_the_captured_step_allocates_no_state_and_asks_the_host_nothing(captured):
     net = unet()
     x, y = images(net)
-    run = Engine(net).start(x, y.shape, LEVELS)
+    run = Engine(net).start_run(x, y.shape, LEVELS)
     rows = Sampler(net, SCHEDULE, steps=3).table.rows
     step = run.loop(y, rows, torch.tensor([1, 2]))
     graph = run.graph

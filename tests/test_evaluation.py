@@ -219,3 +219,11 @@ def test_the_scale_of_finished_pictures_is_told_from_their_sources(tmp_path):
     assert list(found.failed) == [tmp_path / "truth" / "a.png"]
     told = evaluate(tmp_path / "truth", source=tmp_path / "small", result=tmp_path / "made", scale=4)
     assert found.scores == told.scores and "b" in found.scores
+
+
+def test_bits_are_of_256_levels(tmp_path, upscaler):
+    values = torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    image.to_picture(values, 65535).save(tmp_path / "truth.png")
+    model = Model(upscaler.model.unet, upscaler.model.schedule, scale=4)
+    found = evaluate(tmp_path / "truth.png", Upscaler(model, steps=2), bits=2)
+    assert "256 levels: this one has 16 bits" in str(found.failed[tmp_path / "truth.png"]) and found.bits is None

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "sr3fast"
 KERNELS = PACKAGE.parent / "kernels"
 
 FLOORS = [
-    {"noise", "schedule", "image"},
+    {"device", "noise", "schedule", "image"},
     {"reference", "solver", "backend", "native", "contract"},
     {"ops"},
     {"unet"},

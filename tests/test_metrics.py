@@ -87,3 +87,12 @@ def test_shapes_are_checked():
         metrics.spectrum(torch.zeros(1, 3, 40, 80))
     with pytest.raises(ValueError, match="differ"):
         metrics.consistency(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 2, 2))
+
+
+def test_pictures_of_integers_are_refused():
+    y = torch.randint(0, 256, (1, 3, 64, 64)).byte()
+    for measure in (metrics.psnr, metrics.ssim, metrics.consistency, metrics.spectral_distance):
+        with pytest.raises(TypeError, match=r"floats in \[-1, 1\]: got torch.uint8"):
+            measure(y, y)
+    with pytest.raises(TypeError, match="floats"):
+        metrics.spectrum(y)

@@ -660,3 +660,11 @@ def test_a_tangent_of_the_common_call_is_refused():
     y_t, eps_hat = y(), y(seed=1)
     with pytest.raises(ValueError, match="y_t must not have a tangent"):
         torch.func.jvp(lambda t: refine(y_t=t, eps_hat=eps_hat, out=torch.empty(2, 3, 5, 7)), (y_t,), (y_t,))
+
+
+def test_a_channel_of_an_expanded_tensor_is_a_tensor_like_any():
+    y = torch.randn(1, 1, 16, 16).expand(1, 3, 16, 16)[:, :1]  # one channel, of stride 0
+    eps_hat = torch.randn(1, 1, 16, 16)
+    expected = ops.refine(y, eps_hat, 0.9, 0.5, 0, 2)
+    assert torch.equal(ops.refine(y, eps_hat, 0.9, 0.5, 0, 2, out=y), expected)
+    ops.solver_step(y, eps_hat, [0, 1, math.inf, 1, 0, 0, 0, 0, 0.5], 0, 2, z=eps_hat, out=y)

@@ -6,11 +6,13 @@ import math
 import resource
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sr3fast import ops
+from sr3fast.engine import Engine
 from sr3fast.sampler import Sampler
 from sr3fast.schedule import Schedule
 from sr3fast.solver import SOLVERS, rows
@@ -590,7 +592,7 @@ def test_networks_and_schedules_refused(unet):
         Sampler(f_theta, [0.1, 0.2])
     with pytest.raises(ValueError, match="a sr3 network is not conditioned on level='t'"):
         Sampler(unet, SCHEDULE, level="t")
-    with pytest.raises(TypeError, match="a UNet's parameters must be float32"):
+    with pytest.raises(TypeError, match="parameters, or dtype=, must be float32"):
         Sampler(unet.double(), SCHEDULE)
     Sampler(unet, SCHEDULE, dtype=torch.float32)
 
@@ -620,7 +622,7 @@ def test_graph_needs_cuda(x):
 
 def test_a_network_that_starts_its_own_runs(x):
     class Recorded:
-        def start(self, x, shape, levels):
+        def start_run(self, x, shape, levels):
             self.started = (x.shape, tuple(shape), levels)
             run = Recorded()
             run.x, run.into, run.levels = (
@@ -670,3 +672,44 @@ def test_captured_graph_is_the_eager_run(x):
     assert (eager - captured).abs().max() < 1e-3
     with pytest.raises(RuntimeError, match="pass graph=False"):
         Sampler(counting, SCHEDULE, steps=8, graph=True)(x.cuda())
+
+
+class Drops(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.9)
+        self.start = torch.nn.Identity()  # a name that starts no runs
+
+    def forward(self, x, y_t, level):
+        return self.start(self.drop(y_t)) * 0.9
+
+
+def test_dropout_stays_off_where_runs_overlap(x):
+    network = Drops().train()
+    sampler = Sampler(network, SCHEDULE, steps=4)
+    alone = sampler(x)
+    first, second = sampler.iterate(x), sampler.iterate(x)
+    next(first), next(second)
+    for _ in first:
+        pass
+    assert not network.drop.training
+    assert torch.equal(list(second)[-1][1], alone)
+    assert network.training and network.drop.training
+
+
+def test_what_starts_its_own_runs_has_its_own_dtype_and_graph(unet):
+    for options in ({"dtype": torch.bfloat16}, {"graph": True}):
+        with pytest.raises(ValueError, match="Engine starts its own runs: give it dtype and graph, not the sampler"):
+            Sampler(Engine(unet), SCHEDULE, **options)
+
+
+def test_frames_know_their_arguments(x):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'callback'"):
+        Sampler(f_theta, SCHEDULE, steps=3).frames(x, callback=print)
+    with pytest.raises(ValueError, match="count must be at least 2: got 1"):
+        Sampler(f_theta, SCHEDULE, steps=3).frames(x, count=1)
+
+
+def test_whole_numbers_may_be_numpys(x):
+    steps = np.int64(3)
+    assert torch.equal(Sampler(f_theta, SCHEDULE, steps=steps)(x), Sampler(f_theta, SCHEDULE, steps=3)(x))

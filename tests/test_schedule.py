@@ -84,11 +84,15 @@ def test_betas_out_of_range(betas, message):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(("sigmoid",), "linear, quad"), (("linear", 0), "at least 1"), (("linear", 2.5), "whole number")],
+    [(("sigmoid",), "linear, quad"), (("linear", 0), "at least 1")],
 )
 def test_named_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         Schedule.named(*arguments)
+    for T in (2.5, True, "8"):
+        with pytest.raises(TypeError, match="T must be a whole number: got"):
+            Schedule.named("linear", T)
+    assert Schedule.named("linear", np.int64(8)).T == 8
 
 
 def test_from_betas_takes_what_checkpoints_hold():

@@ -582,3 +582,11 @@ def test_refused(options, message):
 def test_whole_numbers_only(options):
     with pytest.raises(TypeError, match="whole number"):
         rows(SR3, **options)
+
+
+@pytest.mark.parametrize("solver", ["dpm++2m", "sde-dpm++2m", "unipc2"])
+def test_levels_that_stand_still_are_refused_by_what_extrapolates(solver):
+    schedule = Schedule.from_betas([0.1, 0, 0, 0.9, 0.9, 0.9])
+    with pytest.raises(ValueError, match=r"must rise, and betas of 0 leave them: got gamma 0\.9 twice"):
+        rows(schedule, solver=solver, steps=6, grid="t")
+    assert len(rows(schedule, solver="ddpm", steps=6, grid="t")) == 6

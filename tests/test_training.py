@@ -286,13 +286,12 @@ train(config(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])))
 
 def test_a_lost_connection_is_told(photographs, tmp_path, monkeypatch):
     def lost(self, batches):
+        self.ranks.world = 2
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 
     monkeypatch.setattr(Trainer, "step", lost)
-    trainer = Trainer(config(photographs, tmp_path))
-    trainer.ranks.world = 2
     with pytest.raises(TrainingError, match=r"a rank died .* at iteration 0 .*--resume"):
-        loop.guarded(trainer, trainer.pictures(photographs, "flip"), None)
+        train(config(photographs, tmp_path))
 
 
 # What is refused
@@ -310,6 +309,57 @@ def test_nan_stops_and_leaves_the_checkpoint(photographs, tmp_path, monkeypatch)
         train(config(photographs, tmp_path))
     state = checkpoint(tmp_path)
     assert state["iteration"] == 3 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_an_infinite_gradient_stops_and_changes_nothing(photographs, tmp_path):
+    trainer = Trainer(config(photographs, tmp_path, max_norm=0))
+    batches = trainer.batches(trainer.pictures(photographs, "flip"))
+    trainer.step(batches)
+    trainer.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    before = [p.detach().clone() for p in (*trainer.parameters, *trainer.averaged.parameters())]
+    with pytest.raises(TrainingError, match=r"the gradient's norm is (inf|nan) at iteration 1: try a smaller lr"):
+        trainer.step(batches)
+    now = (*trainer.parameters, *trainer.averaged.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+def test_an_error_ends_the_process_that_has_others_to_load(photographs, tmp_path):
+    """They leave signals alone, but not the one with which the process takes its leave."""
+    body = """
+def fail(self, batches):
+    next(batches)
+    raise RuntimeError("boom")
+Trainer.step = fail
+train(config(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), workers=2))
+"""
+    process = start(body, photographs, tmp_path / "run", tmp_path=tmp_path)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 1 and "RuntimeError: boom" in output
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(photographs, tmp_path):
+    train(config(photographs, tmp_path, log_every=1, iterations=3))
+    with open(tmp_path / training.LOG, "a") as log:
+        log.write(json.dumps({"iteration": 4, "loss": 9.0}) + "\n")
+    train(config(photographs, tmp_path, log_every=1, resume=True))
+    entries = [json.loads(line) for line in (tmp_path / training.LOG).read_text().splitlines()]
+    assert [entry["iteration"] for entry in entries] == [1, 2, 3, 4, 5, 6] and entries[3]["loss"] != 9.0
+
+
+def test_a_bright_picture_is_validated_without_a_word(tmp_path, recwarn):
+    Image.new("RGB", (32, 32), (200, 220, 240)).save(tmp_path / "a.png")
+    trainer = Trainer(config(tmp_path, tmp_path / "run"))
+    training.validate(trainer.averaged_model(), trainer.pictures(tmp_path, "none"), 2)
+    assert not [w for w in recwarn if "looks like" in str(w.message)]
+
+
+def test_algorithm_1_refuses_another_form_and_another_norm():
+    schedule = Schedule.named("linear", T=10, start=1e-4, end=0.5)
+    with pytest.raises(ValueError, match='form must be "gamma" or "sqrt_gamma": got \'sqrtgamma\''):
+        training.p_gamma(schedule, torch.tensor([1]), 0, form="sqrtgamma")
+    y_0, one = torch.zeros(1, 3, 8, 8), torch.tensor([0.5])
+    with pytest.raises(ValueError, match="p must be 1 or 2: got 3"):
+        training.denoising_loss(lambda x, y_t, level: y_t, None, y_0, one, one, torch.tensor([1]), 0, p=3)
 
 
 def test_full_disk_leaves_the_last_checkpoint(photographs, tmp_path):
@@ -341,8 +391,19 @@ def test_refusals(photographs, tmp_path):
         train(config(photographs, tmp_path / "none", resume=True))
     with pytest.raises(DataError, match="must hold a crop of 64"):
         train(config(photographs, tmp_path / "none", crop=64))
-    with pytest.raises(ValueError, match="accumulate must divide the batch: got batch_size=4, accumulate=3"):
-        config(photographs, tmp_path, accumulate=3)
+    for changes, error, message in (
+        ({"accumulate": 3}, ValueError, "accumulate must divide the batch: got batch_size=4, accumulate=3"),
+        ({"iterations": 10.5}, TypeError, r"iterations must be a whole number: got 10\.5"),
+        ({"cooldown": -5}, ValueError, "cooldown must be at least 0: got -5"),
+        ({"validation_steps": 0}, ValueError, "validation_steps must be at least 1: got 0"),
+        ({"seed": 1 << 32}, ValueError, r"seed must be below 2\^32.*: got 4294967296"),
+        ({"augment": "turn"}, ValueError, r"augment must be one of \('none', 'flip', 'dihedral'\): got 'turn'"),
+        ({"max_norm": -1.0}, ValueError, r"max_norm and weight_decay must be at least 0: got -1\.0 and 0\.0"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas must be two numbers in \[0, 1\): got \(0\.9, 1\.0\)"),
+        ({"lr": math.nan}, ValueError, "lr must be above 0"),
+    ):
+        with pytest.raises(error, match=message):
+            config(photographs, tmp_path, **changes)
     with pytest.raises(ValueError, match=r"multiple of 2\^\(levels - 1\) = 2: got 15"):
         Trainer(config(photographs, tmp_path, crop=15))
     with pytest.raises(ValueError, match="device cpux is not there"):

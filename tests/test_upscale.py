@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sr3fast import backend, image, noise, ops
+from sr3fast import device, image, noise, ops
 from sr3fast.sampler import Sampler
 from sr3fast.schedule import Schedule
 from sr3fast.unet import UNet
@@ -123,7 +123,7 @@ def test_every_window_gets_its_own_level_and_source():
             return x * level.reshape(-1, 1, 1, 1) + 0 * y_t
 
     x = torch.randn(1, 3, 80, 72, generator=torch.Generator().manual_seed(4))
-    run = Tiled(Echo(), 32, batch=2).start(x, x.shape, torch.tensor([0.5, 0.25]))
+    run = Tiled(Echo(), 32, batch=2).start_run(x, x.shape, torch.tensor([0.5, 0.25]))
     run.into.zero_()
     for i, level in ((0, 0.5), (1, 0.25), (0, 0.5)):
         assert (run(i) - level * x).abs().max() < 1e-6
@@ -191,13 +191,13 @@ def test_the_dtype_is_what_the_device_is_fast_in(fast, monkeypatch):
     assert 0 < np.abs(array(expected).astype(float) - array(other)).mean() < 1
     m.unet.to(torch.float16)  # the weights' own, where they have one
     assert Upscaler(m).tiled.network.dtype is None
-    assert backend.fast_dtype(torch.device("mps")) == torch.float32
+    assert device.fast_dtype(torch.device("mps")) == torch.float32
 
 
 @pytest.mark.parametrize(("capability", "fast"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_the_dtype_on_a_gpu(capability, fast, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert backend.fast_dtype(torch.device("cuda", 1)) == fast
+    assert device.fast_dtype(torch.device("cuda", 1)) == fast
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
@@ -298,9 +298,9 @@ def test_what_is_no_model(tmp_path):
         upscale(picture, tmp_path / "I1_gen.pth")
     with pytest.raises(FileNotFoundError, match="no weights at 'nowhere'"):
         upscale(picture, "nowhere")
-    for device in ("cuda:77", "cpux"):
-        with pytest.raises(ValueError, match=f"device {device} is not there"):
-            upscale(picture, model(), device=device)
+    for name in ("cuda:77", "cpux"):
+        with pytest.raises(ValueError, match=f"device {name} is not there"):
+            upscale(picture, model(), device=name)
 
 
 def test_a_result_that_is_not_finite_is_no_picture(recwarn):
@@ -424,3 +424,27 @@ def test_trace_shrinks_long_frames():
 def test_progress_bar_counts_the_steps(capsys):
     upscale(blobs(4, 4), model(), progress=True)
     assert "3/3" in capsys.readouterr().err
+
+
+def test_a_list_of_levels_has_its_own_length():
+    grid = [1e-3, 0.1, 0.5, 0.9]
+    upscaler = Upscaler(model(), grid=grid)
+    assert len(upscaler.sampler.table) == 4 and len(Upscaler(model(), solver="ddim").sampler.table) == 3
+    with pytest.raises(ValueError, match="steps must be the number of levels of the grid: got 5 and 4"):
+        Upscaler(model(), grid=grid, steps=5)
+
+
+def test_windows_of_an_unconditional_network():
+    net = unet(in_channels=3)
+    y_T = torch.randn(1, 3, 32, 40)
+    whole, tiled = (Sampler(Tiled(net, tile), SCHEDULE, steps=2)(None, shape=y_T.shape, y_T=y_T) for tile in (0, 32))
+    assert tiled.shape == whole.shape and (tiled - whole).abs().mean() < 0.5
+
+
+def test_windows_have_one_level_for_a_batch():
+    net = unet()
+    x, y = torch.zeros(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="share one level"):
+        Tiled(net, 32)(x, y, torch.tensor([[0.2], [0.9]]))
+    level = torch.full((2, 1), 0.5)
+    assert torch.allclose(Tiled(net, 32)(x, y, level), net(x, y, level), atol=1e-5)

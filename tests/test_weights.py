@@ -169,7 +169,8 @@ def test_find_refuses(tmp_path, folder):
         ({"unet": {**OPTIONS, "width": 3}}, r"does not describe a model: .*unexpected .*'width'"),
         ({"unet": {**OPTIONS, "groups": 5}}, "groups must divide the channels: got 16 channels and groups=5"),
         ({"target": {"kind": "image", "mean": 0}}, "does not describe a model: .*'mean'"),
-        ({"schedule": {"name": "linear", "T": 0}}, "T must be a whole number of at least 1: got 0"),
+        ({"schedule": {"name": "linear", "T": 0}}, "T must be at least 1: got 0"),
+        ({"schedule": {"name": "linear", "T": 2.5}}, "T must be a whole number: got 2.5"),
         ({"schedule": {"betas": [0.1, 1.5]}}, r"alpha_t = 1 - beta_t must be in \(0, 1\]: got beta_2 = 1.5"),
         ({"level": "t"}, "a sr3 network is not conditioned on level='t'"),
     ],
@@ -254,3 +255,10 @@ def test_structure_of_tensors_is_that_of_the_config(options):
 def test_structure_of_something_else():
     with pytest.raises(ValueError, match="not the tensors of a UNet"):
         Structure.of_tensors({"weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("scale", [0.5, -4, float("nan")])
+def test_a_scale_that_shrinks_is_refused(scale):
+    unet = UNet(channels=8, multipliers=(1,), blocks=1, attention=(), groups=4)
+    with pytest.raises(ValueError, match=f"scale must be at least 1: got {scale}"):
+        Model(unet, Schedule.named("linear", T=10, start=1e-4, end=0.5), scale=scale)

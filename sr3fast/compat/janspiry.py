@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import noise, ops
 from ..sampler import Sampler
 from ..schedule import Schedule
-from ..unet import UNet
+from ..unet import UNet, evaluation_mode
 from ..weights import Model, Structure, build, matched
 
 __all__ = ["CONFIGS", "accelerate", "load", "model", "moments"]
@@ -688,18 +688,12 @@ def _check_same(unet: UNet, network: nn.Module) -> None:
     level = torch.tensor([[0.4], [0.9]]) if unet.variant == "sr3" else torch.tensor([700, 20])
     inputs, level = inputs.to(parameter.device, parameter.dtype), level.to(parameter.device)
     x, y_t = inputs.split([unet.in_channels - unet.out_channels, unet.out_channels], 1)
-    training = [m for m in network.modules() if m.training]
-    network.eval()
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            try:
-                theirs = network(inputs, level).float()
-            except (TypeError, RuntimeError) as error:
-                raise ValueError(f"its forward takes other arguments: {error}") from error
-            ours = unet(x if x.shape[1] else None, y_t, level).float()
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(network), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        try:
+            theirs = network(inputs, level).float()
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"its forward takes other arguments: {error}") from error
+        ours = unet(x if x.shape[1] else None, y_t, level).float()
     tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
     difference, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= tolerance * size:

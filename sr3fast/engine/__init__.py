@@ -1,6 +1,6 @@
 """The inference form of the UNet: the same function of (x, y_t, level), rearranged to run fast.
 
-    run = Engine(unet).start(x, shape, levels)
+    run = Engine(unet).start_run(x, shape, levels)
     run.into.copy_(y_t)
     eps_hat = run(i)                    f_theta(x, y_t, levels[i])
 

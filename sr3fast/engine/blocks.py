@@ -1,4 +1,11 @@
-"""The layers of the network as the engine runs them, and the builder that makes them of the UNet's."""
+"""The layers of the network as the engine runs them, and the builder that makes them of the UNet's.
+
+A value may still lack two sums, which the norm that reads it makes in passing: a bias, known beforehand, which its
+`Part` holds (Form.late_bias), and a residual, for which it comes as a `Late` (Form.fused_residual). Of a value's reader
+    lazy     says that it is a norm alone, so the residual may be left to it;
+    exact    says that it is no norm, so what the value lacks must be in it: the last convolution takes the bias
+             `instead` of its own.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +35,10 @@ from .tuned import Tuned
 
 
 class Late(NamedTuple):
-    """The value main + residual + bias of which the sums have not been made yet."""
+    """The value main + residual, a sum that has not been made yet; both [B, C, H, W]."""
 
-    main: Tensor  # [B, C, H, W]
-    residual: Tensor | None = None
+    main: Tensor
+    residual: Tensor
 
 
 Value = Tensor | Late
@@ -49,10 +56,8 @@ class Norm:
     def __call__(self, h: Value | Pair) -> tuple[Tensor, Any]:
         """act(GroupNorm(h + shift)), and h: where it was a sum, h + shift."""
         args = (self.weight, self.bias, self.groups, self.eps)
-        if isinstance(h, Late) and h.residual is not None:
-            return ops.add_group_norm_silu(h.main, h.residual, *args, shift=self.shift, silu=self.silu)
         if isinstance(h, Late):
-            h = h.main
+            return ops.add_group_norm_silu(h.main, h.residual, *args, shift=self.shift, silu=self.silu)
         if self.fused:
             return ops.group_norm_silu(h, *args, shift=self.shift, silu=self.silu), h
         s = torch.cat(h, 1) if isinstance(h, tuple) else h
@@ -72,28 +77,16 @@ class Block:
             parts = [Part(sum(p.channels for p in parts), cat_bias(parts))]
         self.norm1 = build.norm(block.norm1, cat_bias(parts))
         self.conv1 = build.conv(block.conv1, bias=not form.late_bias)
-        self.shift = build.noise(block)
+        self.shift = build.reserve_shift(block)
         self.add_shift = not form.late_bias
         self.norm2 = build.norm(block.norm2, None if self.add_shift else self.shift)
         self.skips: list[Any] = []
-        # a sum that the norm makes has its bias in it
-        biases = [] if parts[0].late else [p.bias for p in parts]
+        lacking = [None if p.late else p.bias for p in parts]  # a sum that the norm made has its bias
         if block.skip is not None:
-            weights = block.skip.weight.split([p.channels for p in parts], 1)
-            if form.late_bias:
-                biases = [
-                    w.detach().flatten(1).float() @ b for w, b in zip(weights, biases, strict=False) if b is not None
-                ]
-                biases.append(block.skip.bias)
-            for k, weight in enumerate(weights):
-                bias = block.skip.bias if k == 0 and not form.late_bias else None
-                self.skips.append(build.conv_of(("skip", id(block.skip), k, len(parts)), weight, bias))
-        biases.append(block.conv2.bias if form.late_bias else None)
-        late = sum_of(biases)
+            self.skips, lacking = build.skips(block.skip, parts, lacking)
+        late = sum_of([*lacking, block.conv2.bias]) if form.late_bias else None
         last = attention is None
-        self.conv2 = build.conv(
-            block.conv2, bias=not form.late_bias, instead=late if last and exact and form.late_bias else None
-        )
+        self.conv2 = build.conv(block.conv2, bias=not form.late_bias, instead=late if last and exact else None)
         self.joined: Tuned | None = None
         if self.skips and isinstance(self.conv2, Tuned) and all(skip.bias is None for skip in self.skips):
             self.joined = Tuned(self.conv2.conv, self.skips)
@@ -145,7 +138,7 @@ class AttentionBlock:
         self.norm = build.norm(attention.norm, part.bias, silu=False)
         self.qkv = build.conv(attention.qkv, bias=False)
         late = sum_of([None if part.late else part.bias, attention.out.bias]) if late_bias else None
-        self.out_conv = build.conv(attention.out, bias=not late_bias, instead=late if exact and late_bias else None)
+        self.out_conv = build.conv(attention.out, bias=not late_bias, instead=late if exact else None)
         self.lazy = lazy and build.lazy
         self.tuned = build.form.tuned
         self.out = Part(part.channels, None if exact else late, self.lazy)
@@ -200,7 +193,7 @@ class Builder:
         widths: int,
         packed: dict[Any, Any],
     ):
-        self.form, self.dtype, self.device, self.packed = form, dtype, device, packed
+        self.form, self.dtype, self.packed = form, dtype, packed
         self.B, self.size = shape[0], tuple(shape[2:])
         self.shifts = torch.zeros(shape[0] * widths, device=device)
         self.blocks: list[ResnetBlock] = []
@@ -216,13 +209,30 @@ class Builder:
         dtype = torch.float32 if self.form.fused_norms else self.dtype
         return Norm(norm, dtype, shift, silu, self.form.fused_norms)
 
-    def noise(self, block: ResnetBlock) -> Tensor:
-        """The place of the block's noise shift, [B, C] float32."""
+    def reserve_shift(self, block: ResnetBlock) -> Tensor:
+        """The place of the block's noise shift, [B, C] float32, beside those of the blocks before it."""
         C = block.noise.out_features
         place = self.shifts[self.B * self.width : self.B * (self.width + C)].view(self.B, C)
         self.blocks.append(block)
         self.width += C
         return place
+
+    def skips(
+        self, skip: nn.Conv2d, parts: list[Part], lacking: list[Tensor | None]
+    ) -> tuple[list[Any], list[Tensor | None]]:
+        """The 1x1 convolution of a cat as one of each part, and what their sum lacks of a bias."""
+        late = self.form.late_bias
+        weights = skip.weight.split([p.channels for p in parts], 1)
+        convs = [
+            self.conv_of(("skip", id(skip), k, len(parts)), weight, None if late or k > 0 else skip.bias)
+            for k, weight in enumerate(weights)
+        ]
+        if not late:
+            return convs, lacking
+        through = [
+            None if b is None else w.detach().flatten(1).float() @ b for w, b in zip(weights, lacking, strict=True)
+        ]
+        return convs, [*through, skip.bias]
 
     def conv(self, conv: nn.Conv2d, bias: bool = True, instead: Tensor | None = None) -> Any:
         given = instead if instead is not None else conv.bias if bias else None

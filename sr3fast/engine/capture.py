@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from .network import Network, plain
+from .network import Network, without_autocast
 from .tuned import asked_to_be_deterministic, choosing
 
 ROWS = 2048  # least number of levels that a captured graph has room for
@@ -128,7 +128,7 @@ class Graph:
     def prepare(self, name: str) -> None:
         """Capture it if that is still to be done; this leaves `counter`, `step` and the state anywhere."""
         if name not in self.graphs:
-            with plain(self.network.device):
+            with without_autocast(self.network.device):
                 self.graphs[name] = self.captures.capture(self.network.device, self.bodies[name], self.reset)
 
     def replay(self, name: str) -> None:

@@ -14,8 +14,8 @@ from ..contract import FLOATS
 from ..unet import Attention, Downsample, NoiseEmbedding, ResnetBlock, UNet, Upsample
 from .capture import Captures
 from .form import Form
-from .network import Network, plain
-from .run import Captured, Run
+from .network import Network, without_autocast
+from .run import CapturedRun, Run
 
 KEPT = 4  # shapes whose buffers (and CUDA graphs) are kept
 
@@ -25,7 +25,7 @@ class Engine:
 
     Equivalent to (to rounding)::
 
-        run = Engine(unet).start(x, y_t.shape, levels); run.into.copy_(y_t)
+        run = Engine(unet).start_run(x, y_t.shape, levels); run.into.copy_(y_t)
         run(i) == unet(x, y_t, levels[i].expand(B, 1))
 
     Args:
@@ -39,7 +39,7 @@ class Engine:
     For each shape the packed weights, buffers and CUDA graphs are kept, for the last few shapes.
 
     Raises:
-        TypeError: not a UNet, or one whose layers were exchanged or hooked: its function is another.
+        TypeError: not a UNet, or one whose layers were exchanged, patched or hooked, or parameters of another dtype.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class Engine:
             raise TypeError(reason)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be float32, float16 or bfloat16: got {dtype}")
+        if dtype is None and (own := unet.conv_in.weight.dtype) not in FLOATS:
+            raise TypeError(f"parameters, or dtype=, must be float32, float16 or bfloat16: got {own}")
         if not (graph in (True, False) or graph == "auto"):
             raise ValueError(f'graph must be "auto", True or False: got {graph!r}')
         self.unet, self.dtype = unet, dtype
@@ -77,7 +79,7 @@ class Engine:
         self.__dict__.update(state)
         self._reset()
 
-    def start(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> Run:
+    def start_run(self, x: Tensor | None, shape: Sequence[int], levels: Tensor) -> Run:
         """A run over the noise levels.
 
         Args:
@@ -91,17 +93,17 @@ class Engine:
             step is captured, also run.loop.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit.
+            ValueError: shapes, dtypes or devices that do not fit. TypeError: layers were patched or hooked meanwhile.
         """
         self._check(x, shape, levels)
-        with torch.inference_mode(False), torch.no_grad(), plain(levels.device):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(levels.device):
             network = self._take(tuple(shape), levels.device)
             try:
                 if x is not None:
                     assert network.x is not None
                     network.x.copy_(x)
                 captured = self.graph is not False and levels.device.type == "cuda"
-                run = Captured(network, levels, self._captures) if captured else Run(network, levels)
+                run = CapturedRun(network, levels, self._captures) if captured else Run(network, levels)
                 weakref.finalize(run, self._give_back, network)
                 return run
             except BaseException:
@@ -164,7 +166,9 @@ class Engine:
                 self._idle.pop(0)
 
     def _refresh(self) -> None:
-        """Drop what was packed from other weights."""
+        """Drop what was packed from other weights. TypeError: the network has become one that is refused."""
+        if (reason := refusal(self.unet)) is not None:
+            raise TypeError(f"{reason}; a Sampler made of it now calls it as it is")
         tensors = list(self.unet.parameters())
         version = [(t.data_ptr(), t.device, t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
         # `p.data.copy_(...)`, as averages of weights are often kept, leaves the counter alone
@@ -193,11 +197,11 @@ def refusal(f_theta: Any) -> str | None:
     """Why the engine cannot take the place of f_theta; None where it can."""
     if type(f_theta) is not UNet:
         return f"the engine runs sr3fast.UNet: got {type(f_theta).__name__}"
-    if "forward" in vars(f_theta):
-        return "this network's forward was replaced"
     for name, module in f_theta.named_modules():
         if type(module) not in LAYERS:
             return f"the engine knows the UNet's own layers: got {type(module).__name__} as {name}"
+        if "forward" in vars(module):
+            return f"the forward of {name or 'the network'} was replaced: it would not run in the engine"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"a hook of {name or 'the network'} would not run in the engine"
     return None

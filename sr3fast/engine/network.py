@@ -37,7 +37,7 @@ class Network:
         self.into = self.input[:, Cx : Cx + Cy]
         blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock)]
         build = Builder(form, dtype, device, shape, sum(b.noise.out_features for b in blocks), packed)
-        self.layers(unet, build)
+        self.build(unet, build)
         self.blocks, self.shifts = build.blocks, build.shifts
         # shifts = row[spread]: a block's row once for each sample; of one sample, the row
         column, spread = 0, []
@@ -54,7 +54,7 @@ class Network:
     def padded(self, channels: int) -> int:
         return -(-channels // 8) * 8 if self.form.padded_channels else channels
 
-    def layers(self, unet: UNet, build: Builder) -> None:
+    def build(self, unet: UNet, build: Builder) -> None:
         late_bias = self.form.late_bias
         conv, extra = unet.conv_in, self.padded(unet.in_channels) - unet.in_channels
         bias = None if late_bias else conv.bias
@@ -143,7 +143,7 @@ class Noise:
 
 
 @contextlib.contextmanager
-def plain(device: torch.device) -> Iterator[None]:
+def without_autocast(device: torch.device) -> Iterator[None]:
     """The engine has its own dtypes: autocast outside must not change them."""
     with torch.autocast(device.type, enabled=False):
         yield

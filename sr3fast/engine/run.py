@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .capture import ROWS, Captures, Graph
-from .network import Network, plain
+from .network import Network, without_autocast
 
 
 class Run:
@@ -21,7 +21,7 @@ class Run:
 
     @torch.no_grad()
     def __call__(self, i: int) -> Tensor:
-        with plain(self.network.device):
+        with without_autocast(self.network.device):
             if self.table is None:
                 self.network.set(self.network.noise(self.levels[i : i + 1]))
             else:
@@ -29,7 +29,7 @@ class Run:
             return self.network.forward()
 
 
-class Captured(Run):
+class CapturedRun(Run):
     """The same by one replay; `loop` has the solver's step in it too."""
 
     def __init__(self, network: Network, levels: Tensor, captures: Captures):

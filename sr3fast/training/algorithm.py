@@ -19,7 +19,10 @@ def p_gamma(
 
     form "sqrt_gamma" draws sqrt(gamma) uniformly in its interval, as Janspiry's code does. seeds: int64 [B];
     t_seed: the seed whose t all samples share. Returns gamma, float64 [B], and t, int64 [B], on the CPU.
+    ValueError: another form.
     """
+    if form not in ("gamma", "sqrt_gamma"):
+        raise ValueError(f'form must be "gamma" or "sqrt_gamma": got {form!r}')
     u, v = noise.uniforms(seeds, noise.LEVEL, iteration)
     if t_seed is not None:
         u = noise.uniforms(torch.tensor([noise.signed64(t_seed)]), noise.LEVEL, iteration)[0].expand_as(v)
@@ -42,7 +45,10 @@ def denoising_loss(
     """E |f_theta(x, sqrt(gamma) y_0 + sqrt(1 - gamma) eps, level) - eps|^p: lines 4 and 5 of Algorithm 1.
 
     x, y_0: [B, C, H, W] float32; gamma: [B]; level: what the network is told of it; seeds: int64 [B], of eps.
+    ValueError: p is neither 1 nor 2.
     """
+    if p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2: got {p!r}")
     y_t, eps = ops.q_sample(y_0, gamma, seeds, iteration)
     error = f_theta(x, y_t, level).float() - eps
     return error.square().mean() if p == 2 else error.abs().mean()

@@ -8,7 +8,20 @@ from typing import Any
 
 import torch
 
+from ..schedule import whole
+
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "p_gamma": ("gamma", "sqrt_gamma"),
+    "t_per": ("sample", "batch"),
+    "p": (1, 2),
+    "optimizer": tuple(OPTIMIZERS),
+    "augment": ("none", "flip", "dihedral"),
+}
+# whole numbers, and the least that each may be
+AT_LEAST = dict.fromkeys(("iterations", "batch_size", "crop", "accumulate", "validation_steps"), 1)
+AT_LEAST |= dict.fromkeys(("save_every", "log_every", "validate_every"), 1)
+AT_LEAST |= dict.fromkeys(("seed", "warmup", "cooldown", "workers", "threads"), 0)
 
 
 class TrainingError(RuntimeError):
@@ -81,27 +94,29 @@ class TrainConfig:
     tensorboard: bool = False  # write scalars and samples to out/tensorboard
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "crop", "save_every", "accumulate", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
-        for name, choices in (
-            ("p_gamma", ("gamma", "sqrt_gamma")),
-            ("t_per", ("sample", "batch")),
-            ("optimizer", tuple(OPTIMIZERS)),
-            ("p", (1, 2)),
-        ):
+        for name, least in AT_LEAST.items():
+            whole(name, getattr(self, name), least)
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}: got {getattr(self, name)!r}")
+        if self.seed >= 1 << 32:
+            raise ValueError(f"seed must be below 2^32, each has 2^32 noises of its own: got {self.seed}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate must divide the batch: got batch_size={self.batch_size}, accumulate={self.accumulate}"
             )
         if not self.lr > 0 or not 0 <= self.ema < 1:
             raise ValueError(f"lr must be above 0 and ema in [0, 1): got lr={self.lr}, ema={self.ema}")
+        if not self.max_norm >= 0 or not self.weight_decay >= 0:
+            raise ValueError(
+                f"max_norm and weight_decay must be at least 0: got {self.max_norm} and {self.weight_decay}"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1): got {self.betas}")
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """lr times a linear rise over the first `warmup` iterations and a linear fall over the last
+    """lr at an iteration, counted from 0: it rises linearly over the first `warmup` and falls linearly over the last
     `cooldown`.
     """
     rise = min(1.0, (iteration + 1) / max(1, config.warmup))
@@ -109,9 +124,10 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
     return config.lr * rise * fall
 
 
-def plain(config: TrainConfig) -> dict[str, Any]:
+def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration in types that a checkpoint may hold."""
-    plain = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {
-        name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for name, v in plain.items()
-    }
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    return {f.name: plain(getattr(config, f.name)) for f in fields(config)}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import image
 from ..data import Pictures
 from ..weights import Model
 from .config import TrainConfig, TrainingError, learning_rate
@@ -63,11 +64,6 @@ def run(config: TrainConfig, start: Model | None, moments: dict[str, dict[str, T
     pictures = trainer.pictures(config.data, config.augment)
     held_out = None if config.validation is None else trainer.pictures(config.validation, "none")
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    guarded(trainer, pictures, held_out)
-    return trainer.averaged_model()
-
-
-def guarded(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> None:
     try:
         with between_iterations(trainer.ranks.world) as signals:
             loop(trainer, pictures, held_out, signals)
@@ -78,6 +74,7 @@ def guarded(trainer: Trainer, pictures: Pictures, held_out: Pictures | None) -> 
                 "start all ranks again with --resume, they go on from the last checkpoint"
             ) from error
         raise
+    return trainer.averaged_model()
 
 
 def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signals: list[int]) -> None:
@@ -86,6 +83,8 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
     batches = trainer.batches(pictures)
     images = config.batch_size * trainer.ranks.world
     writer = tensorboard(out) if config.tensorboard and leader else None
+    if leader:
+        forget(out, trainer.iteration)
     bar = tqdm(total=config.iterations, initial=trainer.iteration, disable=None if leader else True, unit="it")
     losses, since = [], time.perf_counter()
     stop = 0  # the number of a signal
@@ -107,7 +106,7 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
         if i % config.save_every == 0 or i == config.iterations:
             trainer.save()
         if held_out and leader and i % config.validate_every == 0 and i < config.iterations:
-            validated(trainer, held_out, writer)
+            log_validation(trainer, held_out, writer)
         stop = trainer.ranks.largest(signals[0] if signals else 0, trainer.device)
     bar.close()
     if stop:
@@ -117,10 +116,19 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
         if leader:
             tqdm.write(f"{name}: iteration {i} is in {out / CHECKPOINT}, --resume goes on from it")
     elif leader:
-        rows = validated(trainer, held_out, writer) if held_out else _validate(trainer, pictures)[1]
+        rows = log_validation(trainer, held_out, writer) if held_out else validation(trainer, pictures)[1]
         contact_sheet(rows, out / SHEET)
     if writer:
         writer.close()
+
+
+def forget(out: Path, iteration: int) -> None:
+    """Drop the lines of log.jsonl after an iteration: what a run logged beyond its last checkpoint comes again."""
+    if not (out / LOG).exists():
+        return
+    lines = (out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+    with image.atomic(out / LOG) as temporary:
+        temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
 
 
 def log(out: Path, iteration: int, entry: dict[str, float], name: str, writer: Any) -> None:
@@ -133,10 +141,10 @@ def log(out: Path, iteration: int, entry: dict[str, float], name: str, writer: A
             writer.add_scalar(f"{name}/{key}", value, iteration)
 
 
-def validated(trainer: Trainer, held_out: Pictures, writer: Any) -> list:
+def log_validation(trainer: Trainer, held_out: Pictures, writer: Any) -> list:
     """The rows of `validate`, its scores told and logged."""
     i = trainer.iteration
-    scores, rows = _validate(trainer, held_out)
+    scores, rows = validation(trainer, held_out)
     tqdm.write(f"iteration {i}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     log(Path(trainer.config.out), i, scores, "validation", writer)
     if writer:
@@ -145,7 +153,7 @@ def validated(trainer: Trainer, held_out: Pictures, writer: Any) -> list:
     return rows
 
 
-def _validate(trainer: Trainer, pictures: Pictures) -> tuple[dict[str, float], list]:
+def validation(trainer: Trainer, pictures: Pictures) -> tuple[dict[str, float], list]:
     return validate(trainer.averaged_model(), pictures, trainer.config.validation_steps)
 
 

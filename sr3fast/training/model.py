@@ -19,7 +19,9 @@ FRESH |= dict(schedule="linear", T=2000, beta_start=1e-6, beta_end=1e-2)
 
 
 def fresh(config: TrainConfig) -> Model:
-    """A model with random weights, of config.seed, as the configuration describes it."""
+    """A model with random weights, as the configuration describes it; they are torch's, which is seeded with
+    config.seed.
+    """
     torch.manual_seed(config.seed)
     o = FRESH | given_options(config)
     unet = UNet(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import gc
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # early: its defaults keep for ever the process group that they find at import
 
-from ..backend import find_device
+from ..device import find_device
 
 
 @dataclass
@@ -31,10 +34,9 @@ class Ranks:
         """This rank's of that name; auto: cuda where there is one, else cpu."""
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name != "cuda":
-            return find_device(name)
-        device = find_device(f"cuda:{self.local}")
-        torch.cuda.set_device(device)
+        device = find_device(f"cuda:{self.local}" if name == "cuda" else name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return device
 
     def gather(self, value: Any) -> list[Any]:
@@ -103,7 +105,15 @@ def between_iterations(world: int) -> Iterator[list[int]]:
         signal.raise_signal(signals[0])
 
 
-def ignore_interrupts(worker: int) -> None:
-    """A process that loads data: what the whole group gets is for the one that trains and may need another batch."""
+def uninterrupted() -> Callable[[int], None]:
+    """What a process that loads data does first: signals that the whole group gets are for the one that trains and may
+    need another batch. When that one ends, it terminates the others and waits for them.
+    """
+    ending = multiprocessing.Event()
+    atexit.register(ending.set)
+    return functools.partial(_ignore_signals, ending)
+
+
+def _ignore_signals(ending: Any, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)

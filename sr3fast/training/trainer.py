@@ -21,9 +21,9 @@ from ..data import Order, Pictures, open_items
 from ..unet import UNet
 from ..weights import Model, describe, described, save
 from .algorithm import denoising_loss, p_gamma
-from .config import OPTIMIZERS, TrainConfig, TrainingError, learning_rate, plain
+from .config import OPTIMIZERS, TrainConfig, TrainingError, as_plain, learning_rate
 from .model import FRESH, agreeing, fresh
-from .ranks import Ranks, ignore_interrupts
+from .ranks import Ranks, uninterrupted
 
 CHECKPOINT, EXPORT = "checkpoint.pt", "model"
 
@@ -49,9 +49,9 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.iteration = config, Ranks(), 0
         self.device = self.ranks.device(config.device)
-        if config.resume and start is not None:
+        if config.resume and (start is not None or moments is not None):
             raise ValueError("a resumed run has its checkpoint's weights: leave out start (--init), or resume")
-        state = read(config, self.ranks.world) if config.resume else None
+        state = read_checkpoint(config, self.ranks.world) if config.resume else None
         if state is not None:
             start = described(state["description"], UNet(**state["description"]["unet"]))
         self.model = fresh(config) if start is None else agreeing(config, start)
@@ -80,13 +80,17 @@ class Trainer:
         if config.capture:
             if self.device.type != "cuda" or self.ranks.world > 1 or config.accumulate > 1:
                 raise ValueError("capture needs a CUDA device, one rank and accumulate=1")
-            self.loss = Captured(self._loss, self.parameters)
+            self.loss = CapturedLoss(self._loss, self.parameters)
         if state is not None:
             self._restore(state)
 
     def _set_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
         state = {}
-        for i, (name, parameter) in enumerate(self.unet.named_parameters()):
+        named = dict(self.unet.named_parameters())
+        if moments.keys() != named.keys():
+            odd = sorted(moments.keys() ^ named.keys())
+            raise ValueError(f"moments must be those of the network's parameters: {odd[0]} is in one of them only")
+        for i, (name, parameter) in enumerate(named.items()):
             given = moments[name]
             state[i] = {"step": given["step"]}
             for key in ("exp_avg", "exp_avg_sq"):
@@ -95,8 +99,10 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def step(self, micro_batches: Iterator[Any]) -> float:
-        """One iteration: loss and gradient over the micro-batches, optimizer, EMA. Returns the loss of all
-        ranks.
+        """One iteration: loss and gradient over the next `accumulate` micro-batches, optimizer, EMA.
+
+        micro_batches: yields (x, image), float32 [B / accumulate, C, crop, crop] in [-1, 1], as `batches` does. Returns
+        the loss of all ranks. TrainingError: it or the gradient is not finite; no weight has changed by then.
         """
         config, accumulate = self.config, self.config.accumulate
         size = config.batch_size // accumulate
@@ -111,13 +117,14 @@ class Trainer:
         if self.ranks.world > 1:
             dist.all_reduce(total)
             total /= self.ranks.world
-        if not math.isfinite(loss := total.item()):
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.max_norm or math.inf, foreach=True)
+        loss, length = torch.stack([total, norm]).tolist()
+        if not math.isfinite(loss) or not math.isfinite(length):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {length}"
             raise TrainingError(
-                f"the loss is {loss} at iteration {self.iteration}: try a smaller lr (now {config.lr:g}), "
+                f"{what} at iteration {self.iteration}: try a smaller lr (now {config.lr:g}), "
                 "a longer warmup, or --no-bf16; the last checkpoint is untouched, --resume goes on from it"
             )
-        if config.max_norm:
-            nn.utils.clip_grad_norm_(self.parameters, config.max_norm, foreach=True)
         self.optimizer.step()
         self.iteration += 1
         decay = min(config.ema, (1 + self.iteration) / (10 + self.iteration))
@@ -199,7 +206,7 @@ class Trainer:
                 sampler=order,
                 num_workers=config.workers,
                 pin_memory=self.device.type == "cuda",
-                worker_init_fn=ignore_interrupts,
+                worker_init_fn=uninterrupted() if config.workers else None,
                 # the loader draws a seed for its workers: not from the generator that dropout uses
                 generator=torch.Generator().manual_seed(config.seed),
             )
@@ -218,7 +225,7 @@ class Trainer:
         if self.ranks.rank:
             return
         state = {
-            "config": plain(self.config),
+            "config": as_plain(self.config),
             "description": describe(self.model),
             "iteration": self.iteration,
             "model": self.unet.state_dict(),
@@ -248,15 +255,16 @@ class Trainer:
             torch.cuda.set_rng_state(rng[1], self.device)
 
     def export(self, folder: Path, dtype: torch.dtype | None = None, card: dict[str, Any] | None = None) -> None:
-        """Write the averaged weights as `weights.load` reads them."""
+        """Write the averaged weights as `weights.load` reads them, in dtype where it is given, with that card."""
         save(folder, self.averaged_model(card), dtype=dtype)
 
     def averaged_model(self, card: dict[str, Any] | None = None) -> Model:
+        """The model with the moving average of its weights, which goes on moving; card: see `weights.Model`."""
         m = self.model
         return Model(self.averaged, m.schedule, m.target, m.scale, m.level, m.card if card is None else card)
 
 
-class Captured:
+class CapturedLoss:
     """Forward and backward as one CUDA graph, recorded at the first call and replayed with new inputs."""
 
     def __init__(self, loss: Callable[..., Tensor], parameters: list[Tensor]) -> None:
@@ -284,7 +292,7 @@ class Captured:
         return self.result
 
 
-def read(config: TrainConfig, world: int) -> dict[str, Any]:
+def read_checkpoint(config: TrainConfig, world: int) -> dict[str, Any]:
     """What is in out/checkpoint.pt. ValueError where it is damaged or of another configuration."""
     path = Path(config.out) / CHECKPOINT
     if not path.exists():
@@ -302,7 +310,7 @@ def read(config: TrainConfig, world: int) -> dict[str, Any]:
             f"{path} is of an older sr3fast: go on with that one, or begin another --out with --init "
             f"{path.parent / EXPORT}, its averaged weights"
         )
-    ours = plain(config)
+    ours = as_plain(config)
     for name in sorted(ours.keys() - FREE - FRESH.keys()):
         if ours[name] != theirs.get(name):
             raise ValueError(

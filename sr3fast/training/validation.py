@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,12 +27,14 @@ def validate(model: Model, pictures: Pictures, steps: int = 10, count: int = 4) 
         most = max(128, math.ceil(pictures.scale))
         (height, width), small = image.whole([min(n, most) for n in truth.shape[-2:]], pictures.scale)
         x, truth = x[:, :height, :width], truth[:, :height, :width]
-        y = sampler(image.reflect_pad(x, model.unet.multiple)[None].to(device), seed=index)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "x looks like")  # a bright picture has no negative values
+            y = sampler(image.reflect_pad(x, model.unet.multiple)[None].to(device), seed=index)
         assert isinstance(y, Tensor)
         y = y[..., :height, :width].cpu()
         source = image.resize(truth[None], small)
         row = {"psnr": metrics.psnr(y, truth[None]), "consistency": metrics.consistency(y, source)}
-        if min(height, width) >= 11:
+        if min(height, width) >= metrics.SSIM_SIDE:
             row["ssim"] = metrics.ssim(y, truth[None])
         scores.append({name: value.item() for name, value in row.items()})
         rows.append((x, y[0], truth))
