@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import pickle
 import sys
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -116,16 +114,19 @@ class Upscale(Sampling):
 
     def written(self, result: Path) -> list[Path]:
         """The files of one picture; the last is written last: where it is, all are."""
-        trace = [] if self.trace is None else [_beside(result, "trace").with_suffix(f".{self.trace}")]
+        from .jobs import beside
+
+        trace = [] if self.trace is None else [beside(result, "trace").with_suffix(f".{self.trace}")]
         if self.samples == 1:
             return [*trace, result]
-        return trace + [_beside(result, word) for word in (*map(str, range(1, self.samples + 1)), "std", "mean")]
+        return trace + [beside(result, word) for word in (*map(str, range(1, self.samples + 1)), "std", "mean")]
 
 
 def upscale(options: Upscale) -> int:
     from tqdm import tqdm
 
     from .image import ImageError, check_writable
+    from .jobs import plan
 
     if options.samples < 1:
         raise ValueError(f"--samples must be at least 1: got {options.samples}")
@@ -184,101 +185,6 @@ def _read(path: Path) -> Photo:
         return image.Photo.read(path)
     except OSError as error:
         raise image.ImageError(f"cannot be read: {error.strerror or _line(error)}", path) from error
-
-
-def plan(
-    inputs: Sequence[str],
-    out: Path | None,
-    suffix: str,
-    written: Callable[[Path], list[Path]] = lambda result: [result],
-) -> list[tuple[Path, Path]]:
-    """(source, result) for files, folders and patterns; written(result) are the files that a result comes with.
-
-    What an earlier run made is no source of this one. Raises ValueError where there is nothing, where `out` is a
-    file for several pictures or of no format, and where a file would be written over a source or another result.
-    """
-    from .evaluation import stems
-
-    to_file = out is not None and _is_file(out)
-    folders, files, asked = _sources(inputs, out, suffix)
-
-    def named(p: Path, name: str | Path) -> Path:
-        return (out or p.parent) / f"{name}{'' if out else suffix}.png"
-
-    makers: dict[Path, set[Path]] = defaultdict(set)
-    for source, result in (folders | {p: named(p, p.stem) for p in files}).items():
-        for file in written(result):
-            makers[_place(file)].add(source)
-    earlier = {p for p in (*folders, *files) if makers[_place(p)] - {p} and (out is None or p not in asked)}
-
-    files = [p for p in files if p not in earlier]
-    names = stems([(out or p.parent) / p.name for p in files])
-    jobs = {source: result for source, result in folders.items() if source not in earlier}
-    jobs |= {p: named(p, name.name) for p, name in zip(files, names, strict=True)}
-    if not jobs:
-        raise ValueError(f"nothing to enlarge: {' '.join(inputs)} has no pictures")
-    if out is not None and to_file:
-        if len(jobs) != 1:
-            raise ValueError(f"--out {out} is one file for {len(jobs)} pictures: give a folder")
-        jobs = dict.fromkeys(jobs, out)
-    owner = {_place(source): source for source in jobs}
-    for source, result in jobs.items():
-        for file in written(result):
-            other = owner.setdefault(_place(file), source)
-            if other != source or _place(file) == _place(source):
-                raise ValueError(
-                    f"{file} would be written for {source}, but is {other} or made of it: run them apart, or give "
-                    "another --out"
-                )
-    return list(jobs.items())
-
-
-def _sources(inputs: Sequence[str], out: Path | None, suffix: str) -> tuple[dict[Path, Path], list[Path], set[Path]]:
-    """Of folders, pictures and results; files, each once; and which of these were asked for by their names."""
-    from .evaluation import pictures
-
-    if not inputs or "" in inputs:
-        raise ValueError("nothing to enlarge: give files, folders or patterns")
-    folders: dict[Path, Path] = {}
-    files: dict[Path, Path] = {}  # by their places
-    asked: set[Path] = set()
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            folder = out or path.resolve().with_name(path.resolve().name + suffix)
-            folders |= {source: folder / f"{short}.png" for short, source in pictures(path).items()}
-        elif path.exists():
-            asked.add(files.setdefault(_place(path), path))
-        elif met := [Path(p) for p in sorted(glob.glob(name, recursive=True))]:
-            for p in met:
-                if p.is_file():
-                    files.setdefault(_place(p), p)
-        else:
-            raise ValueError(f"{name}: no such file or folder")
-    return folders, list(files.values()), asked
-
-
-def _place(path: Path) -> Path:
-    """One for all ways to write it; a link is a file of its own."""
-    return path.parent.resolve() / path.name
-
-
-def _is_file(out: Path) -> bool:
-    """Whether --out names a picture's file, not a folder; ValueError for a suffix that no format has."""
-    from PIL import Image
-
-    if out.is_dir() or not out.suffix:
-        return False
-    known = sorted(suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE)
-    if out.suffix.lower() not in known:
-        raise ValueError(
-            f"--out {out}: {out.suffix} is none of {' '.join(known)} (a folder of that name: make it first)"
-        )
-    return True
-
-
-def _beside(path: Path, word: str) -> Path:
-    return path.with_name(f"{path.stem}-{word}{path.suffix}")
 
 
 # --------------------------------------------------------------------------------------- evaluate

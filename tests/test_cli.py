@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from sr3fast import image, metrics, training, weights
-from sr3fast.__main__ import Upscale, main, plan
+from sr3fast.__main__ import Upscale, main
 from sr3fast.bound import variational_bound
 from sr3fast.compat import janspiry
+from sr3fast.jobs import plan
 from sr3fast.schedule import Schedule
 from sr3fast.unet import UNet
 from sr3fast.upscaling import upscale

@@ -18,6 +18,7 @@ FLOORS = [
     {"sampler", "data", "metrics", "bound"},
     {"training", "upscaling"},
     {"compat", "evaluation"},
+    {"jobs"},
     {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
