@@ -138,11 +138,12 @@ def upscale(options: Upscale) -> int:
             with _writing(last):
                 check_writable(last)
     failed = 0
-    with tqdm(jobs, desc="pictures", unit="picture", disable=len(jobs) < 2) as bar:
+    with tqdm(jobs, desc="pictures", unit="picture", disable=len(jobs) < 2 or not sys.stderr.isatty()) as bar:
         for source, result in bar:
-            last = options.written(result)[-1]
+            *others, last = options.written(result)
             if last.exists() and not options.overwrite:
-                tqdm.write(f"{last} is there already (--overwrite makes it again)")
+                lacking = "".join(f", {file} is not" for file in others if not file.exists())
+                tqdm.write(f"{last} is there already{lacking} (--overwrite makes it again)")
                 continue
             try:
                 _upscale(upscaler, source, result, options)
@@ -165,7 +166,7 @@ def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -
     if options.trace is not None:
         trace = Trace(frames=8 if options.trace == "png" else 40)
     samples = options.samples if options.samples > 1 else None
-    drawn = upscaler(photo, options.seed, samples=samples, trace=trace, progress=True)
+    drawn = upscaler(photo, options.seed, samples=samples, trace=trace, progress=sys.stderr.isatty())
     files = options.written(result)
     with _writing(result):
         if trace is not None:
@@ -326,9 +327,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sr3fast: {command} is none of {', '.join(COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
     try:
-        return _run(command, rest)
+        with _warnings_in_one_line():
+            return _run(command, rest)
     except KeyboardInterrupt:
-        print("sr3fast: stopped; what was finished is kept", file=sys.stderr)
+        print("sr3fast: stopped; what was written by then is kept", file=sys.stderr)
         return 130
     except ImportError as error:
         if error.name != "tyro":
@@ -372,6 +374,22 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or _line(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Ours, without the place in the code that warns."""
+    show = warnings.showwarning
+
+    def notice(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            print(f"sr3fast: {message}", file=sys.stderr)
+        else:
+            show(message, category, filename, *place)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = notice  # type: ignore[assignment]
+        yield
 
 
 @contextlib.contextmanager

@@ -137,6 +137,8 @@ def _in_range(values: np.ndarray, path: str | Path) -> np.ndarray:
     values = np.array(values, dtype=np.float32)
     if not (abs(values) <= 1).all():
         raise DataError(f"{path}: float values must lie in [-1, 1]: got {values.min()} .. {values.max()}")
+    if values.size and values.min() >= 0:
+        warnings.warn("floats of an array look like [0, 1]; SR3 works on [-1, 1]: 2 * x - 1", stacklevel=2)
     return values
 
 

@@ -1,6 +1,6 @@
 """Results against the truth, beside bicubic: PSNR, SSIM, consistency and power spectrum of whole folders.
 
-print(evaluate("truth", Upscaler(steps=25)))              upscale, then measure
+print(evaluate("truth"))                                   upscale, then measure
 print(evaluate("truth", source="small", result="made"))   measure what anyone made
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from . import image, metrics
 from .bound import variational_bound
 from .image import ImageError, Photo
 from .upscaling import Tiled, Upscaler
+from .weights import Model
 
 __all__ = ["BICUBIC", "RESULT", "Evaluation", "Scores", "evaluate", "pictures", "stems"]
 
@@ -88,7 +90,7 @@ class Evaluation:
 
 def evaluate(
     truth: str | Path,
-    upscaler: Upscaler | None = None,
+    upscaler: Upscaler | Model | str | Path | None = None,
     *,
     source: str | Path | None = None,
     result: str | Path | None = None,
@@ -103,7 +105,8 @@ def evaluate(
     Args:
         truth: a high-resolution picture, or a folder of them with its subfolders. Cut to a whole multiple of
             its source.
-        upscaler: makes the results.
+        upscaler: makes the results: an Upscaler, or a model as `upscale` takes it, by default photo-x4 (unless `result`
+            is given).
         source: the low-resolution pictures, by the truth's names; by default the truth is shrunk by bicubic.
         result: finished pictures, by the truth's names; no network runs. Of the truth's size, before or after
             it is cut.
@@ -120,8 +123,8 @@ def evaluate(
 
     A picture that cannot be measured, or has no partner, is among `failed`; the others go on.
     """
-    if result is None and upscaler is None:
-        raise ValueError("give an upscaler, or finished pictures as result")
+    if not isinstance(upscaler, Upscaler) and not (upscaler is None and result is not None):
+        upscaler = Upscaler("photo-x4" if upscaler is None else upscaler)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1: got {limit}")
     bound = None if bits is None else _bound(upscaler, bits, seed)
@@ -237,6 +240,12 @@ def _pair(path: Path, high: Photo, source: Path | None, scale: float) -> tuple[P
     if any(not 0 <= have - need < scale for have, need in zip(high.size, size, strict=True)):
         raise ImageError(
             f"{_by(low.size)}, {scale:g} times larger, is not the size of {path}, {_by(high.size)}", source
+        )
+    if size != high.size:
+        warnings.warn(
+            f"a truth that is no {scale:g} times its source is cut at the right and below: a source that was made of "
+            "all of it does not lie on what is left",
+            stacklevel=3,
         )
     return _cut(high, size), low
 

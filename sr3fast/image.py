@@ -175,11 +175,15 @@ def check_size(size: tuple[int, int], name: str = "") -> None:
 
 def check_format(path: str | Path, mode: str) -> None:
     """Raise ImageError where the file format that the suffix of `path` names cannot hold Pillow's `mode`."""
-    name = _format(path)
+    name, file = _format(path), io.BytesIO()
     try:
-        Image.new(mode, (1, 1)).save(io.BytesIO(), format=name)
+        Image.new(mode, (8, 8), 30000 if mode in _GRAY_16 else 0).save(file, format=name)
+        # some are saved in 8 bits without a word
+        held = mode not in _GRAY_16 or np.asarray(Image.open(file)).max() > 255
     except (OSError, KeyError, ValueError) as error:
         raise ImageError(f"{name} cannot hold a picture of mode {mode}: save it as .png", path) from error
+    if not held:
+        raise ImageError(f"{name} cannot hold a picture of 16 bits: save it as .png", path)
 
 
 def write(picture: Image.Image, path: str | Path, **options: object) -> None:
@@ -187,9 +191,11 @@ def write(picture: Image.Image, path: str | Path, **options: object) -> None:
 
     `options` are those of Image.save; by default JPEG, WebP and AVIF are of quality 95, and the ICC profile,
     EXIF and dpi in `picture.info` are kept where the format can hold them. Raises ImageError for a suffix that
-    names no format, OSError where it cannot be written.
+    names no format, or one that cannot hold 16 bits; OSError where it cannot be written.
     """
     name = _format(path)
+    if picture.mode in _GRAY_16:
+        check_format(path, picture.mode)
     options = _SAVED_AS.get(name, {}) | _info(picture) | options
     with atomic(path) as temporary:
         picture.save(temporary, format=name, **options)

@@ -67,13 +67,27 @@ def files(path):
 # upscale
 
 
-def test_a_file(here, folder, capsys):
+@pytest.fixture
+def terminal(capsys, monkeypatch):
+    """Bars are for terminals."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+
+def test_a_file(here, folder, capsys, terminal):
     picture("photo.jpg")
     assert run(folder, "photo.jpg") == 0
     assert files(here) == ["photo-x4.png", "photo.jpg"]
     assert Image.open("photo-x4.png").size == (32, 24)
     output = capsys.readouterr()
     assert "photo-x4.png" in output.out and f"{STEPS}/{STEPS}" in output.err
+
+
+def test_off_a_terminal_there_are_no_bars(here, folder, capsys):
+    picture("a.jpg")
+    picture("b.jpg")
+    assert run(folder, "a.jpg", "b.jpg") == 0
+    output = capsys.readouterr()
+    assert "a-x4.png" in output.out and not output.err
 
 
 def test_seed_steps_solver_and_grid_reach_the_sampler(here, folder):
@@ -109,7 +123,7 @@ def test_weights_that_ask_for_consistency(here, folder, capsys):
     refused(here, folder, capsys, "photo.png", "--consistency", "--no-consistency", match="not both")
 
 
-def test_a_folder_and_a_rerun(here, folder, capsys):
+def test_a_folder_and_a_rerun(here, folder, capsys, terminal):
     for i, name in enumerate(("a.png", "deep/b.jpg", "c.png")):
         picture(here / "in" / name, seed=i)
     (here / "in" / "notes.txt").write_text("no picture")
@@ -229,6 +243,34 @@ def test_a_strip(here, folder):
 
 
 # The other commands
+
+
+def test_what_earlier_runs_made_in_a_folder_is_no_source(here):
+    for name in ("pics/s.jpg", "pics/s-x4.png", "pics/in/t.png", "pics/in/t-x4.png"):
+        picture(name)
+    expected = [(here / "pics-x4/in/t.png", Path("pics/in/t.png")), (here / "pics-x4/s.png", Path("pics/s.jpg"))]
+    assert sorted((result, source) for source, result in plan(["pics"], None, "-x4")) == expected
+    picture("many/h.jpg")
+    again = [(Path("many/h.jpg"), Path("many/h.png"))]
+    assert plan(["many"], Path("many"), "-x4") == again
+    picture("many/h.png")
+    assert [source for source, _ in plan(["many"], Path("many"), "-x4")] == [Path("many/h.jpg")]
+
+
+def test_a_trace_that_is_not_made_is_told(here, folder, capsys):
+    picture("a.png")
+    assert run(folder, "a.png", "--out", "b.png") == 0
+    capsys.readouterr()
+    assert run(folder, "a.png", "--out", "b.png", "--trace", "png") == 0
+    assert "b.png is there already, b-trace.png is not (--overwrite" in capsys.readouterr().out
+
+
+def test_warnings_are_a_line(here, folder, capsys):
+    picture("hr/a.png", (67, 66))
+    picture("lr/a.png", (16, 16))
+    assert run(folder, "hr", "--source", "lr", command="evaluate") == 0
+    errors = capsys.readouterr().err
+    assert "sr3fast: a truth that is no 4 times its source is cut" in errors and "UserWarning" not in errors
 
 
 def test_evaluate_makes_the_sources(here, folder, capsys):

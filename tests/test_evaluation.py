@@ -164,7 +164,6 @@ def test_refusals(tmp_path, upscaler):
     (tmp_path / "empty").mkdir()
     hr = tmp_path / "hr"
     for arguments, options, message in (
-        ((hr,), {}, "give an upscaler, or finished pictures"),
         ((hr, upscaler), {"limit": 0}, "limit must be at least 1: got 0"),
         ((tmp_path / "empty", upscaler), {}, "empty: no pictures in this folder"),
         ((tmp_path / "absent", upscaler), {}, "absent: no such file or folder"),
@@ -227,3 +226,18 @@ def test_bits_are_of_256_levels(tmp_path, upscaler):
     model = Model(upscaler.model.unet, upscaler.model.schedule, scale=4)
     found = evaluate(tmp_path / "truth.png", Upscaler(model, steps=2), bits=2)
     assert "256 levels: this one has 16 bits" in str(found.failed[tmp_path / "truth.png"]) and found.bits is None
+
+
+def test_what_enlarges_may_be_a_model_or_nothing(tmp_path, upscaler):
+    picture(tmp_path / "a.png", size=(16, 16))
+    model = upscaler.model
+    model.card = {"steps": 2}
+    assert evaluate(tmp_path, model).scores == evaluate(tmp_path, upscaler).scores
+    assert evaluate(tmp_path).scores == evaluate(tmp_path, "photo-x4").scores != evaluate(tmp_path, model).scores
+
+
+def test_a_truth_that_is_cut_beside_its_source_is_told(tmp_path, upscaler):
+    picture(tmp_path / "truth.png", size=(67, 66))
+    picture(tmp_path / "small.png", size=(16, 16))
+    with pytest.warns(UserWarning, match="no 4 times its source is cut at the right and below"):
+        evaluate(tmp_path / "truth.png", upscaler, source=tmp_path / "small.png")

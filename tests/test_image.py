@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageCms, JpegImagePlugin
+from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, features
 
 from sr3fast import image
 
@@ -476,3 +476,17 @@ def test_a_name_that_would_be_falsified_is_left_out(tmp_path):
     image.write(image.read(tmp_path / "in.jpg"), tmp_path / "out.jpg")
     kept = Image.open(tmp_path / "out.jpg").getexif()
     assert kept[ExifTags.Base.Make] == "Maker" and ExifTags.Base.Artist not in kept
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif", ".jpg"])
+def test_formats_without_16_bits_are_refused(tmp_path, suffix):
+    if not features.check("webp") and suffix == ".webp":
+        pytest.skip("this Pillow has no WebP")
+    picture = Image.fromarray(np.full((8, 8), 30000, np.uint16))
+    for refuse in (image.check_format, lambda path, mode: image.write(picture, path)):
+        with pytest.raises(image.ImageError, match="cannot hold a picture of"):
+            refuse(tmp_path / f"a{suffix}", picture.mode)
+    assert not list(tmp_path.iterdir())
+    for kept in (".png", ".tif"):
+        image.write(picture, tmp_path / f"a{kept}")
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"a{kept}")), np.asarray(picture))

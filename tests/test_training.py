@@ -538,6 +538,45 @@ def test_a_signal_to_another_rank_strikes_here_too(photographs, tmp_path, monkey
     assert struck == [signal.SIGTERM] and checkpoint(tmp_path)["iteration"] == 1
 
 
+def test_nothing_disturbs_the_last_save(photographs, tmp_path, monkeypatch):
+    save = Trainer.save
+
+    def pressed_again(self):
+        signal.raise_signal(signal.SIGINT)
+        save(self)
+
+    def step(self, batches):
+        signal.raise_signal(signal.SIGINT)
+        return real(self, batches)
+
+    real = Trainer.step
+    monkeypatch.setattr(Trainer, "save", pressed_again)
+    monkeypatch.setattr(Trainer, "step", step)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config(photographs, tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert checkpoint(tmp_path)["iteration"] == 1
+
+
+def test_off_a_terminal_a_run_tells_its_way(photographs, tmp_path, capsys):
+    train(config(photographs, tmp_path))
+    told = capsys.readouterr().out
+    assert "iteration 4: loss 0." in told or "iteration 4: loss 1." in told
+    assert f"the weights are in {tmp_path / training.EXPORT}" in told
+    train(config(photographs, tmp_path, iterations=3, resume=True))
+    assert "iteration 6 is reached already" in capsys.readouterr().out
+
+
+def test_options_of_the_model_that_would_do_nothing(photographs, tmp_path):
+    with pytest.raises(ValueError, match="k are of a residual, and the target is the image"):
+        Trainer(config(photographs, tmp_path, k=3.0))
+    with pytest.raises(ValueError, match=r"attention must be at sides of the levels, \[16, 8\]: got \[5\]"):
+        Trainer(config(photographs, tmp_path, attention=(5, 8)))
+
+
 # Validation
 
 

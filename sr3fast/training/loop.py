@@ -18,8 +18,8 @@ from .. import image
 from ..data import Pictures
 from ..weights import Model
 from .config import TrainConfig, TrainingError, learning_rate
-from .ranks import between_iterations, is_lost_rank, process_group
-from .trainer import CHECKPOINT, Trainer
+from .ranks import between_iterations, is_lost_rank, process_group, undisturbed
+from .trainer import CHECKPOINT, EXPORT, Trainer
 from .validation import contact_sheet, validate
 
 LOG, SHEET = "log.jsonl", "contact_sheet.png"
@@ -86,6 +86,8 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
     if leader:
         forget(out, trainer.iteration)
     bar = tqdm(total=config.iterations, initial=trainer.iteration, disable=None if leader else True, unit="it")
+    if trainer.iteration >= config.iterations and leader:
+        tqdm.write(f"iteration {trainer.iteration} is reached already: --iterations says how many in all")
     losses, since = [], time.perf_counter()
     stop = 0  # the number of a signal
     while trainer.iteration < config.iterations and not stop:
@@ -103,6 +105,8 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
             bar.set_postfix(loss=f"{entry['loss']:.4f}", images_s=f"{entry['images_per_second']:.1f}")
             if leader:
                 log(out, i, entry, "train", writer)
+            if leader and bar.disable:  # no terminal
+                tqdm.write(f"iteration {i}: loss {entry['loss']:.4f}, {entry['images_per_second']:.1f} images a second")
         if i % config.save_every == 0 or i == config.iterations:
             trainer.save()
         if held_out and leader and i % config.validate_every == 0 and i < config.iterations:
@@ -110,7 +114,8 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
         stop = trainer.ranks.largest(signals[0] if signals else 0, trainer.device)
     bar.close()
     if stop:
-        trainer.save()
+        with undisturbed():
+            trainer.save()
         signals[:] = [stop]  # whichever rank it came to
         name, i = signal.Signals(stop).name, trainer.iteration
         if leader:
@@ -118,6 +123,7 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
     elif leader:
         rows = log_validation(trainer, held_out, writer) if held_out else validation(trainer, pictures)[1]
         contact_sheet(rows, out / SHEET)
+        tqdm.write(f"iteration {trainer.iteration}: the weights are in {out / EXPORT}")
     if writer:
         writer.close()
 

@@ -23,7 +23,13 @@ def fresh(config: TrainConfig) -> Model:
     config.seed.
     """
     torch.manual_seed(config.seed)
-    o = FRESH | given_options(config)
+    given = given_options(config)
+    o = FRESH | given
+    if o["target"] == "image" and (odd := given.keys() & {"k", "clip"}):
+        raise ValueError(f"{' and '.join(sorted(odd))} are of a residual, and the target is the image")
+    sides = [config.crop // 2**i for i in range(len(o["multipliers"]))]
+    if odd := set(o["attention"]) - set(sides):
+        raise ValueError(f"attention must be at sides of the levels, {sides}: got {sorted(odd)}")
     unet = UNet(
         channels=o["channels"],
         multipliers=o["multipliers"],

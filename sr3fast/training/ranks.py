@@ -90,6 +90,8 @@ def between_iterations(world: int) -> Iterator[list[int]]:
     handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
 
     def note(number: int, frame: object) -> None:
+        if not signals and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this iteration, which will be saved\n")
         signals.append(number)
         for other, handler in handlers.items() if world == 1 else ():
             signal.signal(other, handler)
@@ -103,6 +105,18 @@ def between_iterations(world: int) -> Iterator[list[int]]:
             signal.signal(number, handler)
     if signals:
         signal.raise_signal(signals[0])
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No SIGINT and SIGTERM: what ends the process has come already."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def uninterrupted() -> Callable[[int], None]:

@@ -311,12 +311,10 @@ def read_checkpoint(config: TrainConfig, world: int) -> dict[str, Any]:
             f"{path.parent / EXPORT}, its averaged weights"
         )
     ours = as_plain(config)
-    for name in sorted(ours.keys() - FREE - FRESH.keys()):
-        if ours[name] != theirs.get(name):
-            raise ValueError(
-                f"{path} was trained with {name}={theirs.get(name)!r}, not {ours[name]!r}: "
-                "give the same flags, or another --out"
-            )
+    other = [n for n in sorted(ours.keys() - FREE - FRESH.keys()) if ours[n] != theirs.get(n)]
+    if other:
+        got = ", ".join(f"{name}={theirs.get(name)!r}, not {ours[name]!r}" for name in other)
+        raise ValueError(f"{path} was trained with {got}: give the same flags, or another --out")
     if ranks != world:
         raise ValueError(f"{path} was trained on {ranks} ranks, not {world}: start as many")
     return state
