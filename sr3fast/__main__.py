@@ -138,7 +138,7 @@ def upscale(options: Upscale) -> int:
             with _writing(last):
                 check_writable(last)
     failed = 0
-    with tqdm(jobs, desc="pictures", unit="picture", disable=len(jobs) < 2 or not sys.stderr.isatty()) as bar:
+    with tqdm(jobs, desc="pictures", unit="picture", disable=len(jobs) < 2 or not _on_a_terminal()) as bar:
         for source, result in bar:
             *others, last = options.written(result)
             if last.exists() and not options.overwrite:
@@ -166,7 +166,7 @@ def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -
     if options.trace is not None:
         trace = Trace(frames=8 if options.trace == "png" else 40)
     samples = options.samples if options.samples > 1 else None
-    drawn = upscaler(photo, options.seed, samples=samples, trace=trace, progress=sys.stderr.isatty())
+    drawn = upscaler(photo, options.seed, samples=samples, trace=trace, progress=_on_a_terminal())
     files = options.written(result)
     with _writing(result):
         if trace is not None:
@@ -358,6 +358,11 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         config += (tyro.conf.PositionalRequiredArgs,)
     parsed: Any = tyro.cli(options, args=list(arguments), prog=f"sr3fast {command}", config=config)
     return function(parsed)
+
+
+def _on_a_terminal() -> bool:
+    """Whether bars are seen as bars."""
+    return sys.stderr.isatty()
 
 
 def _failures(failed: int, total: int, done: str) -> int:

@@ -68,9 +68,9 @@ def files(path):
 
 
 @pytest.fixture
-def terminal(capsys, monkeypatch):
+def terminal(monkeypatch):
     """Bars are for terminals."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("sr3fast.__main__._on_a_terminal", lambda: True)
 
 
 def test_a_file(here, folder, capsys, terminal):
