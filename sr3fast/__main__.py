@@ -234,7 +234,7 @@ def evaluate(options: Evaluate) -> int:
         seed=options.seed,
         limit=options.limit,
         bits=options.bits,
-        progress=True,
+        progress=_on_a_terminal(),
     )
     if found.scores:
         print(found)
