@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import sys
 import warnings
@@ -326,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"sr3fast: {command} is none of {', '.join(COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
+    if "OMP_WAIT_POLICY" not in os.environ:  # beside other programs, threads would spin for one that has no core
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         with _warnings_in_one_line():
             return _run(command, rest)
