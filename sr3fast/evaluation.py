@@ -123,10 +123,10 @@ def evaluate(
 
     A picture that cannot be measured, or has no partner, is among `failed`; the others go on.
     """
-    if not isinstance(upscaler, Upscaler) and not (upscaler is None and result is not None):
-        upscaler = Upscaler("photo-x4" if upscaler is None else upscaler)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1: got {limit}")
+    if not isinstance(upscaler, Upscaler) and not (upscaler is None and result is not None):
+        upscaler = Upscaler("photo-x4" if upscaler is None else upscaler)
     bound = None if bits is None else _bound(upscaler, bits, seed)
     if upscaler is None and scale is None and source is None:
         raise ValueError("finished pictures need scale, how much they were enlarged, or source to tell it from")

@@ -34,18 +34,15 @@ def plan(
     to_file = out is not None and _is_file(out)
     folders, files, by_name = _sources(inputs, out, suffix)
 
-    def result_beside(source: Path) -> Path:
-        return source.with_name(f"{source.stem}{suffix}.png")
-
     def result_of(source: Path, name: str | Path) -> Path:
         return (out or source.parent) / f"{name}{'' if out else suffix}.png"
 
-    made_of: dict[Path, set[Path]] = defaultdict(set)  # a file that a run writes, or wrote -> its sources
-    for source, result in folders.items():
-        for file in (*written(result.with_name(f"{source.stem}.png")), *written(result_beside(source))):
-            made_of[_place(file)].add(source)
-    for source in files:
-        for file in written(result_of(source, source.stem)):
+    made = [(source, result.with_name(f"{source.stem}.png")) for source, result in folders.items()]
+    # a folder's picture may have been made alone before
+    made += [(p, result_of(p, p.stem)) for p in (*files, *(folders if out is None else ()))]
+    made_of: dict[Path, set[Path]] = defaultdict(set)  # a file that is or was written -> its sources
+    for source, result in made:
+        for file in written(result):
             made_of[_place(file)].add(source)
 
     def is_earlier(p: Path) -> bool:

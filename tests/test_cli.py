@@ -250,6 +250,7 @@ def test_what_earlier_runs_made_in_a_folder_is_no_source(here):
         picture(name)
     expected = [(here / "pics-x4/in/t.png", Path("pics/in/t.png")), (here / "pics-x4/s.png", Path("pics/s.jpg"))]
     assert sorted((result, source) for source, result in plan(["pics"], None, "-x4")) == expected
+    assert Path("pics/s-x4.png") in dict(plan(["pics"], Path("out"), "-x4"))  # with --out they are made elsewhere
     picture("many/h.jpg")
     again = [(Path("many/h.jpg"), Path("many/h.png"))]
     assert plan(["many"], Path("many"), "-x4") == again

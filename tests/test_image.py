@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, features
+from PIL import ExifTags, Image, ImageCms, JpegImagePlugin
 
 from sr3fast import image
 
@@ -480,11 +480,9 @@ def test_a_name_that_would_be_falsified_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif", ".jpg"])
 def test_formats_without_16_bits_are_refused(tmp_path, suffix):
-    if not features.check("webp") and suffix == ".webp":
-        pytest.skip("this Pillow has no WebP")
     picture = Image.fromarray(np.full((8, 8), 30000, np.uint16))
     for refuse in (image.check_format, lambda path, mode: image.write(picture, path)):
-        with pytest.raises(image.ImageError, match="cannot hold a picture of"):
+        with pytest.raises(image.ImageError, match=r"cannot hold a picture of|names no image format"):
             refuse(tmp_path / f"a{suffix}", picture.mode)
     assert not list(tmp_path.iterdir())
     for kept in (".png", ".tif"):

@@ -438,7 +438,7 @@ def test_windows_of_an_unconditional_network():
     net = unet(in_channels=3)
     y_T = torch.randn(1, 3, 32, 40)
     whole, tiled = (Sampler(Tiled(net, tile), SCHEDULE, steps=2)(None, shape=y_T.shape, y_T=y_T) for tile in (0, 32))
-    assert tiled.shape == whole.shape and (tiled - whole).abs().mean() < 0.5
+    assert tiled.shape == whole.shape and (tiled - whole).abs().mean() < 0.1 * whole.std()
 
 
 def test_windows_have_one_level_for_a_batch():

@@ -140,8 +140,8 @@ def forget(out: Path, iteration: int) -> None:
 def log(out: Path, iteration: int, entry: dict[str, float], name: str, writer: Any) -> None:
     """A line of log.jsonl; None for what is not finite."""
     plain = {key: value if math.isfinite(value) else None for key, value in entry.items()}
-    with open(out / LOG, "a", encoding="utf-8") as log:
-        log.write(json.dumps({"iteration": iteration, **plain}) + "\n")
+    with open(out / LOG, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"iteration": iteration, **plain}) + "\n")
     if writer:
         for key, value in entry.items():
             writer.add_scalar(f"{name}/{key}", value, iteration)
