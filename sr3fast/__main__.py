@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from .image import Photo
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from .weights import Model
 
 BAD_INPUT = 2  # exit code, the same as for options that do not parse
+
+
+class Command(NamedTuple):
+    """A dataclass of options, the function that they go to, and what they are where they are not given."""
+
+    options: type
+    function: Callable[[Any], int]
+    defaults: Callable[[Sequence[str]], Any] = lambda arguments: None
 
 
 @dataclass(kw_only=True)
@@ -263,8 +272,8 @@ def info(options: Info) -> int:
     return 0
 
 
-def _train() -> tuple[type, Callable[[Any], Any]]:
-    from .training import TrainConfig, TrainingError, train
+def _train() -> Command:
+    from .training import TrainConfig, TrainingError, resumed, train
 
     @dataclass(frozen=True, kw_only=True)
     class Train(TrainConfig):
@@ -286,7 +295,15 @@ def _train() -> tuple[type, Callable[[Any], Any]]:
             raise ValueError(str(error)) from error
         return 0
 
-    return Train, run
+    def defaults(arguments: Sequence[str]) -> Train | None:
+        """With --resume, what is not given is as the run has it."""
+        known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        known.add_argument("--out")
+        known.add_argument("--resume", action="store_true")
+        given, _ = known.parse_known_args(arguments)
+        return Train(**vars(resumed(given.out))) if given.resume and given.out is not None else None
+
+    return Command(Train, run, defaults)
 
 
 def _begin(init: str | None, config: str | None, scale: float | None) -> tuple[Model | None, Any]:
@@ -304,11 +321,11 @@ def _begin(init: str | None, config: str | None, scale: float | None) -> tuple[M
         return model, None
 
 
-COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable[[Any], Any]]]]] = {
-    "upscale": ("enlarge a picture, a folder or a pattern", lambda: (Upscale, upscale)),
+COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
+    "upscale": ("enlarge a picture, a folder or a pattern", lambda: Command(Upscale, upscale)),
     "train": ("train a network on your own pictures", _train),
-    "evaluate": ("measure results against the truth, beside bicubic", lambda: (Evaluate, evaluate)),
-    "info": ("what runs where on this machine", lambda: (Info, info)),
+    "evaluate": ("measure results against the truth, beside bicubic", lambda: Command(Evaluate, evaluate)),
+    "info": ("what runs where on this machine", lambda: Command(Info, info)),
 }
 
 
@@ -351,15 +368,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:
-    options, function = COMMANDS[command][1]()
+    options, function, defaults = COMMANDS[command][1]()
     if options is Info and not arguments:
         return info(Info())
     import tyro
 
-    config: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
+    config: tuple[Any, ...] = ()
     if issubclass(options, Sampling):  # sr3fast upscale photo.jpg, but sr3fast train --data photos
-        config += (tyro.conf.PositionalRequiredArgs,)
-    parsed: Any = tyro.cli(options, args=list(arguments), prog=f"sr3fast {command}", config=config)
+        config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs)
+    parsed: Any = tyro.cli(
+        options, default=defaults(arguments), args=list(arguments), prog=f"sr3fast {command}", config=config
+    )
     return function(parsed)
 
 

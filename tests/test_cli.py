@@ -385,6 +385,26 @@ def test_train_begins_with_weights_that_say_what_it_is(here, folder, capsys):
     assert "--config is for a checkpoint of Janspiry's that --init names" in capsys.readouterr().err
 
 
+def test_train_resumes_with_the_options_that_the_run_began_with(here, capsys):
+    picture("in/a.png", (32, 32))
+    options = ["--channels", "8", "--multipliers", "1", "2", "--blocks", "1", "--no-bf16", "--betas", "0.5", "0.9"]
+    begin = ["train", "--data", "in", "--out", "run", "--crop", "16", *SMALL, *options]
+    assert main(begin) == 0
+    first = torch.load("run/checkpoint.pt", weights_only=True)["config"]
+    Path("run").rename("moved")
+    assert main(["train", "--resume", "--out=moved", "--iterations", "3", "--workers", "1"]) == 0
+    state = torch.load("moved/checkpoint.pt", weights_only=True)
+    assert state["iteration"] == 3
+    assert state["config"] == first | {"resume": True, "out": "moved", "iterations": 3, "workers": 1}
+    assert main([*begin[:4], "moved", *begin[5:], "--iterations", "3", "--resume"]) == 0  # all of them again
+    capsys.readouterr()
+    assert main(["train", "--out", "moved", "--resume", "--lr", "1", "--bf16"]) == 2
+    told = "was trained with bf16=False, not True, lr=0.0001, not 1.0: leave that out, or give another --out"
+    assert told in capsys.readouterr().err
+    assert main(["train", "--out", "none", "--resume"]) == 2
+    assert "nothing to resume: none/checkpoint.pt does not exist" in capsys.readouterr().err
+
+
 def test_train_begins_with_a_checkpoint_of_janspirys_code(here, capsys):
     torch.save(janspiry_reference.diffusion(T=50, end=0.3).state_dict(), "I1_E1_gen.pth")
     resolutions = {"train": {"l_resolution": 8, "r_resolution": 16}}

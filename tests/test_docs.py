@@ -57,7 +57,7 @@ def test_the_commands_parse(page, monkeypatch):
     pytest.importorskip("tyro")
     parsed = []
     for name, (summary, load) in cli.COMMANDS.items():
-        command = lambda load=load: (load()[0], lambda options: parsed.append(options) or 0)  # noqa: E731
+        command = lambda load=load: load()._replace(function=lambda options: parsed.append(options) or 0)  # noqa: E731
         monkeypatch.setitem(cli.COMMANDS, name, (summary, command))
     lines = re.findall(r"^    (?:torchrun .* -m )?sr3fast (.*)$", (ROOT / page).read_text(), re.M)
     for line in lines:

@@ -11,7 +11,7 @@ from .algorithm import denoising_loss, p_gamma
 from .config import TrainConfig, TrainingError, learning_rate
 from .loop import LOG, SHEET, train
 from .model import FRESH, fresh
-from .trainer import CHECKPOINT, EXPORT, Trainer
+from .trainer import CHECKPOINT, EXPORT, Trainer, resumed
 from .validation import validate
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "fresh",
     "learning_rate",
     "p_gamma",
+    "resumed",
     "train",
     "validate",
 ]

@@ -40,7 +40,7 @@ class TrainConfig:
 
     data: Path  # folder of pictures, of hr/ and lr/, Janspiry's folders or LMDB, or a .npy [N, C, H, W]
     out: Path  # folder of the run: checkpoint.pt, model/, log.jsonl
-    resume: bool = False  # go on from the checkpoint in `out`
+    resume: bool = False  # go on from the checkpoint in `out`; on the command line, with the run's own options
     iterations: int = 100_000  # optimizer steps in all, those before --resume included
     batch_size: int = 16  # of one rank and iteration, micro-batches included
     crop: int = 64  # side of a training crop, in pixels of the target
@@ -131,3 +131,11 @@ def as_plain(config: TrainConfig) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
     return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def of_plain(values: dict[str, Any]) -> TrainConfig:
+    """What `as_plain` made plain. Options that are not of this version are left out."""
+    typed = {f.name: values[f.name] for f in fields(TrainConfig) if f.name in values}
+    paths = {name: Path(typed[name]) for name in ("data", "out", "validation") if typed.get(name) is not None}
+    tuples = {name: tuple(value) for name, value in typed.items() if isinstance(value, list)}
+    return TrainConfig(**typed | paths | tuples)

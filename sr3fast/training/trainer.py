@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ..data import Order, Pictures, open_items
 from ..unet import UNet
 from ..weights import Model, describe, described, save
 from .algorithm import denoising_loss, p_gamma
-from .config import OPTIMIZERS, TrainConfig, TrainingError, as_plain, learning_rate
+from .config import OPTIMIZERS, TrainConfig, TrainingError, as_plain, learning_rate, of_plain
 from .model import FRESH, agreeing, fresh
 from .ranks import Ranks, uninterrupted
 
@@ -294,27 +295,40 @@ class CapturedLoss:
 
 def read_checkpoint(config: TrainConfig, world: int) -> dict[str, Any]:
     """What is in out/checkpoint.pt. ValueError where it is damaged or of another configuration."""
-    path = Path(config.out) / CHECKPOINT
+    path, state = load_checkpoint(config.out)
+    ours, theirs, ranks = as_plain(config), state["config"], len(state["rng"])
+    other = [n for n in sorted(ours.keys() - FREE - FRESH.keys()) if ours[n] != theirs.get(n)]
+    if other:
+        got = ", ".join(f"{name}={theirs.get(name)!r}, not {ours[name]!r}" for name in other)
+        raise ValueError(f"{path} was trained with {got}: leave that out, or give another --out")
+    if ranks != world:
+        raise ValueError(f"{path} was trained on {ranks} ranks, not {world}: start as many")
+    return state
+
+
+def resumed(out: str | Path) -> TrainConfig:
+    """The configuration that goes on with the run in `out`: its own, with resume on. Raises what `train` does then."""
+    _, state = load_checkpoint(out)
+    return dataclasses.replace(of_plain(state["config"]), out=Path(out), resume=True)
+
+
+def load_checkpoint(out: str | Path) -> tuple[Path, dict[str, Any]]:
+    """out/checkpoint.pt, and what is in it."""
+    path = Path(out) / CHECKPOINT
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume: {path} does not exist (leave out --resume to start)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, ranks = state["config"], len(state["rng"])
+        known = "description" in state
+        of_plain(state["config"]), len(state["rng"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged, or no checkpoint of sr3fast train: begin another --out with --init "
             f"{path.parent / EXPORT}, its averaged weights"
         ) from error
-    if "description" not in state:
+    if not known:
         raise ValueError(
             f"{path} is of an older sr3fast: go on with that one, or begin another --out with --init "
             f"{path.parent / EXPORT}, its averaged weights"
         )
-    ours = as_plain(config)
-    other = [n for n in sorted(ours.keys() - FREE - FRESH.keys()) if ours[n] != theirs.get(n)]
-    if other:
-        got = ", ".join(f"{name}={theirs.get(name)!r}, not {ours[name]!r}" for name in other)
-        raise ValueError(f"{path} was trained with {got}: give the same flags, or another --out")
-    if ranks != world:
-        raise ValueError(f"{path} was trained on {ranks} ranks, not {world}: start as many")
-    return state
+    return path, state
