@@ -104,10 +104,13 @@ def files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 def read(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     """The picture in a file, or in what is opened in binary, decoded in full and turned as its EXIF orientation says.
 
-    Of an animation, the first frame. Raises ImageError for what is not an image, is empty, is cut short, or
-    has more than MAX_PIXELS pixels (nothing is decoded then), and OSError where the file cannot be opened.
+    Of an animation, the first frame; of colours of 16 bits, 8, which a warning says once. Raises ImageError for what
+    is not an image, is empty, is cut short, or has more than MAX_PIXELS pixels (nothing is decoded then), and OSError
+    where the file cannot be opened.
     """
     with _opened(file) as picture:
+        if picture.mode not in _GRAY_16 and any(";16" in str(tile.args) for tile in picture.tile):
+            warnings.warn("colours of 16 bits are read as 8, Pillow's way (gray keeps its 16)", stacklevel=1)
         picture.load()
         info = _info(picture)
         turn = _TURNS.get(picture.getexif().get(_Tag.Orientation, 1))

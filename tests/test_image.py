@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -147,6 +148,26 @@ def test_other_sixteen_bit_modes(mode):
         source = Image.frombytes("I;16B", (9, 7), values.astype(">u2").tobytes())
     photo = image.Photo.of(source)
     assert np.array_equal(np.asarray(photo.color), values.astype(np.float32))
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_a_png_of_16_bits_keeps_them_or_says_so(tmp_path, color_type, channels):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    values = RNG.integers(0, 65536, (5, 6, channels))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = chunk(b"IHDR", struct.pack(">IIBBBBB", 6, 5, 16, color_type, 0, 0, 0)), chunk(b"IDAT", zlib.compress(rows))
+    file = tmp_path / "deep.png"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b""))
+    if channels == 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert np.array_equal(np.asarray(image.Photo.read(file).color), values[..., 0])
+    else:
+        with pytest.warns(UserWarning, match="colours of 16 bits are read as 8, Pillow's way"):
+            photo = image.Photo.read(file)
+        assert np.array_equal(np.asarray(photo.color)[..., 0], values[..., 0] >> 8)
 
 
 def test_ranges_that_are_not_known_are_refused():
