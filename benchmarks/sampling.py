@@ -94,7 +94,7 @@ def in_bfloat16(f_theta: nn.Module) -> Callable:
 
 
 @torch.no_grad()
-def ours(f_theta: UNet | Engine, x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def ours(f_theta: UNet | Engine, x: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
     sampler = Sampler(f_theta, SCHEDULE, solver="ddpm", steps=STEPS, dtype=dtype)
     while True:
         for _, y in sampler.iterate(x):

@@ -42,10 +42,10 @@ def test_ladder(benchmark, results, dtype, batch):
     runs = {"eager float32": textbook(Plain(unet), x)}
     for name, form in rungs(dtype):
         label = f"engine, {str(dtype).removeprefix('torch.')}" if name == "none" else f"+ {name}"
-        runs[label] = ours(Engine(unet, dtype, form, graph=False), x, dtype)
+        runs[label] = ours(Engine(unet, dtype, form, graph=False), x)
     if GPU:
-        runs["+ graph"] = ours(Engine(unet, dtype, dataclasses.replace(Form(), tuned=False)), x, dtype)
-        runs["+ tuned"] = ours(Engine(unet, dtype), x, dtype)
+        runs["+ graph"] = ours(Engine(unet, dtype, dataclasses.replace(Form(), tuned=False)), x)
+        runs["+ tuned"] = ours(Engine(unet, dtype), x)
     times = interleaved(runs, 11, 10 if GPU else 1)
     ms = {label: 1e3 * statistics.median(t) for label, t in times.items()}
     before = eager = times["eager float32"]
