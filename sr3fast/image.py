@@ -109,7 +109,7 @@ def read(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     where the file cannot be opened.
     """
     with _opened(file) as picture:
-        if picture.mode not in _GRAY_16 and any(";16" in str(tile.args) for tile in picture.tile):
+        if picture.mode not in _GRAY_16 and any(";16" in str(tile.args) for tile in getattr(picture, "tile", ())):
             warnings.warn("colours of 16 bits are read as 8, Pillow's way (gray keeps its 16)", stacklevel=1)
         picture.load()
         info = _info(picture)

@@ -312,7 +312,7 @@ class Sampler:
         N = len(table)
         history = [torch.empty_like(y) for _ in range(table.depth)]  # m_{t+1}, m_{t+2}
         y_0_hat = None if callback is None else torch.empty_like(y)
-        with evaluation_mode(self.f_theta), _bar(N, progress) as bar:
+        with _bar(N, progress) as bar:
             f_theta = self._network.start_run(x, y.shape, table.levels(self.level).to(y.device))
             f_theta.into.copy_(y)
             whole = f_theta.loop(y, table.rows, seed) if z is None and hasattr(f_theta, "loop") else None
@@ -520,11 +520,16 @@ class _EagerRun:
         self.levels = levels.view(-1, *(1,) * len(batch)).expand(-1, *batch)  # [N, B, 1] or [N, B]
 
     def __call__(self, i: int) -> Tensor:
-        # clones: f_theta may keep, or overwrite, what it is given
-        eps_hat = self.f_theta(self.x, self.into.to(self.dtype, copy=True), self.levels[i].clone())
+        eps_hat = self.call(self.levels[i])
         if not isinstance(eps_hat, Tensor) or eps_hat.shape != self.into.shape:
             raise ValueError(f"f_theta must return y_t's shape {list(self.into.shape)}: got {_shape_of(eps_hat)}")
         return eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
+
+    def call(self, level: Tensor) -> Tensor:
+        """f_theta on copies, which it may keep, or overwrite; without dropout."""
+        x = None if self.x is None else self.x.clone()
+        with evaluation_mode(self.f_theta):
+            return self.f_theta(x, self.into.to(self.dtype, copy=True), level.clone())
 
 
 class _CapturedRun(_EagerRun):
@@ -553,7 +558,7 @@ class _CapturedRun(_EagerRun):
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.graph(graph):
-            eps_hat = self.f_theta(self.x, self.into.to(self.dtype, copy=True), self.level.clone())
+            eps_hat = self.call(self.level)
             self.eps_hat = eps_hat.float() if eps_hat.dtype == torch.float64 else eps_hat
         return graph
 

@@ -404,6 +404,18 @@ def test_float64_and_integer_sources_are_taken(x):
     assert torch.equal(eps(x), sampler(x))
 
 
+def test_f_theta_may_overwrite_what_it_is_given(x):
+    def overwriting(x, y, level):
+        eps_hat = f_theta(x, y, level)
+        for t in (x, y, level):
+            t.zero_()
+        return eps_hat
+
+    source = x.clone()
+    assert torch.equal(Sampler(overwriting, SCHEDULE, steps=4)(x), Sampler(f_theta, SCHEDULE, steps=4)(x))
+    assert torch.equal(x, source)
+
+
 def test_channels_last_source_gives_the_same_bits(x):
     sampler = Sampler(f_theta, SCHEDULE, steps=4)
     assert torch.equal(sampler(x.to(memory_format=torch.channels_last)), sampler(x))
@@ -690,11 +702,12 @@ def test_dropout_stays_off_where_runs_overlap(x):
     alone = sampler(x)
     first, second = sampler.iterate(x), sampler.iterate(x)
     next(first), next(second)
+    assert network.training and network.drop.training  # between the rows it is as the caller has it
+    network.eval()
     for _ in first:
         pass
-    assert not network.drop.training
     assert torch.equal(list(second)[-1][1], alone)
-    assert network.training and network.drop.training
+    assert not network.training and not network.drop.training
 
 
 def test_what_starts_its_own_runs_has_its_own_dtype_and_graph(unet):

@@ -49,7 +49,7 @@ class Norm:
     """act(GroupNorm(h + shift)) of a tensor, of a pair, or of a sum that is made on the way."""
 
     def __init__(self, norm: nn.GroupNorm, dtype: torch.dtype, shift: Tensor | None, silu: bool, fused: bool):
-        self.weight, self.bias = norm.weight.detach().float(), norm.bias.detach().float()
+        self.weight, self.bias = held(norm.weight), held(norm.bias)
         self.groups, self.eps, self.shift, self.silu = norm.num_groups, norm.eps, shift, silu
         self.fused, self.dtype = fused, dtype
 
@@ -169,6 +169,11 @@ class Part:
     late: bool = False  # it comes as a sum, whose norm adds the bias
 
 
+def held(parameter: Tensor) -> Tensor:
+    """A float32 copy: a run keeps the weights that it began with."""
+    return parameter.detach().to(torch.float32, copy=True)
+
+
 def cat_bias(parts: list[Part]) -> Tensor | None:
     if all(p.bias is None for p in parts):
         return None
@@ -243,7 +248,7 @@ class Builder:
         if self.form.fused_residual and self.form.channels_last and not self.form.prepacked:
             make = Product if weight.shape[-1] == 1 else Conv
         if (conv := self.packed.get(key)) is None:
-            weight = weight.detach().to(self.dtype).contiguous(memory_format=self.layout)
+            weight = weight.detach().to(self.dtype, copy=True, memory_format=self.layout)
             bias = None if bias is None else bias.detach().to(self.dtype, copy=True)
             conv = make(weight, bias, (self.B, weight.shape[1], *self.size), stride)
             conv.one_pass = self.one_pass

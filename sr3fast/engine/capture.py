@@ -54,7 +54,6 @@ class Captures:
                     for _ in range(3):
                         reset()
                         body()
-                reset()
                 current.wait_stream(stream)
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     body()
@@ -95,7 +94,6 @@ class Graph:
         self.zero = torch.zeros(1, device=device)
         self.eps_hat = torch.zeros_like(network.into, memory_format=torch.preserve_format)
         self.graphs: dict[str, Any] = {}
-        self.bodies = {"network": self.run_network, "step": self.run_step}
 
     def run_network(self) -> None:
         """eps_hat <- f_theta(x, into, levels[counter])"""
@@ -126,10 +124,11 @@ class Graph:
         self.step.sub_(1)
 
     def prepare(self, name: str) -> None:
-        """Capture it if that is still to be done; this leaves `counter`, `step` and the state anywhere."""
+        """Capture `network` or `step` if that is still to be done; this leaves the counters and the state anywhere."""
         if name not in self.graphs:
+            body = {"network": self.run_network, "step": self.run_step}[name]
             with without_autocast(self.network.device):
-                self.graphs[name] = self.captures.capture(self.network.device, self.bodies[name], self.reset)
+                self.graphs[name] = self.captures.capture(self.network.device, body, self.reset)
 
     def replay(self, name: str) -> None:
         with self.captures.turn(self.network.device):

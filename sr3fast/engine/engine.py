@@ -113,7 +113,7 @@ class Engine:
     def repack(self) -> None:
         """Read the weights anew.
 
-        `start` does so by itself where it sees a change: an in-place operation, an exchange, or, for writes
+        `start_run` does so by itself where it sees a change: an in-place operation, an exchange, or, for writes
         through `.data`, another first element of a tensor.
         """
         with self._lock:
@@ -157,20 +157,22 @@ class Engine:
 
     def _give_back(self, network: Network) -> None:
         with self._lock:
-            if network.version is not self._version:
-                return
-            self._idle.append(network)
-            if len(self._idle) > KEPT:
-                if network.device.type == "cuda":
-                    torch.cuda.synchronize(network.device)  # another stream may still use it
-                self._idle.pop(0)
+            if network.version is self._version:
+                self._idle.append(network)
+                if len(self._idle) <= KEPT:
+                    return
+                network = self._idle.pop(0)
+            if network.device.type == "cuda":
+                torch.cuda.synchronize(network.device)  # another stream may still use it
+            network.graph = None  # which knows the network: else both would wait for the garbage collector
 
     def _refresh(self) -> None:
         """Drop what was packed from other weights. TypeError: the network has become one that is refused."""
         if (reason := refusal(self.unet)) is not None:
             raise TypeError(f"{reason}; a Sampler made of it now calls it as it is")
         tensors = list(self.unet.parameters())
-        version = [(t.data_ptr(), t.device, t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
+        norms = [(m.num_groups, m.eps) for m in self.unet.modules() if isinstance(m, nn.GroupNorm)]
+        version = norms, [(t.data_ptr(), t.device, t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
         # `p.data.copy_(...)`, as averages of weights are often kept, leaves the counter alone
         values = torch.stack([t.detach()[(0,) * t.ndim].float() for t in tensors])
         if version != self._version or self._values is None or not torch.equal(values, self._values):
@@ -180,6 +182,8 @@ class Engine:
     def _drop(self) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+        for network in self._idle:
+            network.graph = None
         self._idle.clear()
         self._packed = {}
 
@@ -197,6 +201,7 @@ def refusal(f_theta: Any) -> str | None:
     """Why the engine cannot take the place of f_theta; None where it can."""
     if type(f_theta) is not UNet:
         return f"the engine runs sr3fast.UNet: got {type(f_theta).__name__}"
+    strided = {id(layer.conv) for layer in f_theta.downs if isinstance(layer, Downsample)}
     for name, module in f_theta.named_modules():
         if type(module) not in LAYERS:
             return f"the engine knows the UNet's own layers: got {type(module).__name__} as {name}"
@@ -204,4 +209,10 @@ def refusal(f_theta: Any) -> str | None:
             return f"the forward of {name or 'the network'} was replaced: it would not run in the engine"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"a hook of {name or 'the network'} would not run in the engine"
+        if isinstance(module, nn.Conv2d):
+            half, stride = module.kernel_size[0] // 2, 2 if id(module) in strided else 1
+            built = {"stride": (stride,) * 2, "padding": (half,) * 2, "dilation": (1, 1), "groups": 1}
+            for option, value in (built | {"padding_mode": "zeros"}).items():
+                if (got := getattr(module, option)) != value:
+                    return f"the engine's {name} has {option}={value!r}: got {got!r}"
     return None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..unet import Downsample, NoiseEmbedding, ResnetBlock, UNet, Upsample, sinusoid
-from .blocks import Block, Builder, Part
+from .blocks import Block, Builder, Part, held
 from .form import Form
 
 
@@ -126,7 +126,10 @@ class Noise:
     """levels [N] -> float32 [N, K]: every block's noise shift (and conv1's bias), one beside the other."""
 
     def __init__(self, unet: UNet, blocks: list[ResnetBlock], with_bias: bool):
-        self.embedding: NoiseEmbedding = unet.embedding
+        embedding: NoiseEmbedding = unet.embedding
+        self.linear1, self.linear2 = (
+            (held(layer.weight), held(layer.bias)) for layer in (embedding.linear1, embedding.linear2)
+        )
         self.silu = unet.variant == "ddpm"
         self.weight = torch.cat([b.noise.weight.detach().float() for b in blocks])
         bias = [b.noise.bias.detach().float() for b in blocks]
@@ -135,10 +138,8 @@ class Noise:
         self.bias = torch.cat(bias)
 
     def __call__(self, levels: Tensor) -> Tensor:
-        first, second = self.embedding.linear1, self.embedding.linear2
-        e = sinusoid(levels, first.in_features)
-        e = F.silu(F.linear(e, first.weight.float(), first.bias.float()))
-        e = F.linear(e, second.weight.float(), second.bias.float())
+        e = sinusoid(levels, self.linear1[0].shape[1])
+        e = F.linear(F.silu(F.linear(e, *self.linear1)), *self.linear2)
         return F.linear(F.silu(e) if self.silu else e, self.weight, self.bias)
 
 

@@ -65,7 +65,7 @@ class CapturedRun(Run):
 
         @torch.no_grad()
         def step(i: int) -> tuple[Tensor, Tensor]:
-            graph.replay("step")
+            self.graph.replay("step")  # not `graph`: the network is the run's own as long as there is a run
             return graph.y, graph.m
 
         return step
