@@ -225,26 +225,22 @@ def gradient(
 
 @triton.jit
 def sums_kernel(
-    grad_ptr, h_ptr, shift_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, grad_s_ptr, g_ptr, gx_ptr, x_ptr, s_ptr,
+    grad_ptr, h_ptr, shift_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, g_ptr, gx_ptr, x_ptr,
     groups, width, first, C_ALL, PAIR: tl.constexpr, SILU: tl.constexpr,
     C, N, chunks, blocks, CB: tl.constexpr, PB: tl.constexpr, PLANAR: tl.constexpr,
 ):  # fmt: skip
-    """sum g and sum g x_hat of each channel and chunk, float32 [B, C_ALL, chunks]; for dshift, of x_hat and grad_s."""
+    """sum g and sum g x_hat of each channel and chunk, float32 [B, C_ALL, chunks]; for dshift, of x_hat."""
     b, block, chunk = locate(chunks, blocks, PLANAR, False)
     x, g, _, _ = gradient(
         b, block, chunk, grad_ptr, h_ptr, shift_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, groups, width, first,
         C_ALL, PAIR, SILU, C, N, CB, PB, PLANAR,
     )  # fmt: skip
-    c, mask = channels_and_mask(block, chunk, C, N, CB, PB)
+    c, _ = channels_and_mask(block, chunk, C, N, CB, PB)
     at = (b.to(tl.int64) * C_ALL + first + c) * chunks + chunk
     tl.store(g_ptr + at, tl.sum(g, 1), mask=c < C)
     tl.store(gx_ptr + at, tl.sum(g * x, 1), mask=c < C)
     if x_ptr is not None:
         tl.store(x_ptr + at, tl.sum(x, 1), mask=c < C)
-        if grad_s_ptr is not None:
-            corner, offsets = addresses(b, block, chunk, first, C_ALL, N, CB, PB, PLANAR)
-            grad_s = tl.load(grad_s_ptr + corner + offsets, mask=mask, other=0.0).to(tl.float32)
-            tl.store(s_ptr + at, tl.sum(grad_s, 1), mask=c < C)
 
 
 @triton.jit
@@ -260,7 +256,7 @@ def sum_chunks(ptr, c, real, chunks, CB: tl.constexpr, SB: tl.constexpr):
 
 @triton.jit
 def group_sums_kernel(
-    g_ptr, gx_ptr, x_ptr, s_ptr, weight_ptr, rstd_ptr, mean_wg_ptr, mean_wgx_ptr, dweight_ptr, dbias_ptr, dshift_ptr,
+    g_ptr, gx_ptr, x_ptr, weight_ptr, rstd_ptr, mean_wg_ptr, mean_wgx_ptr, dweight_ptr, dbias_ptr, dshift_ptr,
     count, N, C_ALL, groups, width, chunks, CB: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
     """<w g> and <w g x_hat> of a group, float32 [B, groups]; dweight, dbias, dshift of its channels, [B, C_ALL]."""
@@ -285,10 +281,7 @@ def group_sums_kernel(
             c, real = b * C_ALL + first + i, i < width
             wg = per_channel(weight_ptr, first + i, real) * sum_chunks(g_ptr, c, real, chunks, CB, SB)
             x = sum_chunks(x_ptr, c, real, chunks, CB, SB)
-            dshift = (wg - N * group_wg - x * group_wgx) * rstd
-            if s_ptr is not None:
-                dshift = dshift + sum_chunks(s_ptr, c, real, chunks, CB, SB)
-            tl.store(dshift_ptr + c, dshift, mask=real)
+            tl.store(dshift_ptr + c, (wg - N * group_wg - x * group_wgx) * rstd, mask=real)
 
 
 @triton.jit
@@ -406,21 +399,18 @@ def group_norm_silu_backward(
     width = channels // groups
     pieces, chunks, _ = parts(h, h2, 2)
     pixels = h.shape[2] * h.shape[3]
-    g, gx, x, s = torch.empty(
-        (4 if dshift is not None else 2, batch, channels, chunks), dtype=torch.float32, device=h.device
-    ).unbind() + (None,) * (2 if dshift is None else 0)
-    if grad_s is None:
-        s = None
+    g, gx = torch.empty((2, batch, channels, chunks), dtype=torch.float32, device=h.device)
+    x = None if dshift is None else torch.empty_like(g)
     dweights, dbiases = torch.empty((2, batch, channels), dtype=torch.float32, device=h.device)
     mean_wg, mean_wgx = torch.empty((2, batch, groups), dtype=torch.float32, device=h.device)
     for part in pieces:
         launch(
-            *(sums_kernel, part.grid, h, grad, part.h, shift, weight, bias, mean, rstd, grad_s, g, gx, x, s),
+            *(sums_kernel, part.grid, h, grad, part.h, shift, weight, bias, mean, rstd, g, gx, x),
             *(groups, width, part.first, channels, h2 is not None, silu),
             **part.tiles,
         )
     launch(
-        *(group_sums_kernel, (batch * groups,), h, g, gx, x, s, weight, rstd, mean_wg, mean_wgx, dweights, dbiases),
+        *(group_sums_kernel, (batch * groups,), h, g, gx, x, weight, rstd, mean_wg, mean_wgx, dweights, dbiases),
         *(dshift, float(width * pixels), pixels, channels, groups, width, chunks),
         **_reduced_tile(width, chunks),
     )

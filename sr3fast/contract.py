@@ -311,9 +311,9 @@ def _check_apart(name: str, t: Tensor, others: dict[str, Tensor | None], may_be:
         if other is None:
             continue
         other_low, other_high = _extent(other)
-        if low >= other_high or other_low >= high or other.device != t.device or _interleaved(t, other):
+        if low >= other_high or other_low >= high or other.device != t.device:
             continue
-        if not (other_name in may_be and other_low == low and other.stride() == t.stride()):
+        if not (other_name in may_be and _same_memory(t, other)) and not _interleaved(t, other):
             raise ValueError(f"{name} must not overlap {other_name} in memory")
 
 
@@ -327,6 +327,13 @@ def _extent(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Element by element; the stride of a dimension of size 1 says nothing."""
+    if a.data_ptr() != b.data_ptr() or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
 def _interleaved(a: Tensor, b: Tensor) -> bool:
     """Two channel ranges of one buffer, as of a network's input: their extents cross, their elements do not."""
     if a.stride() != b.stride() or a.dtype != b.dtype or not a.shape[0] == b.shape[0] > 0:
@@ -336,8 +343,9 @@ def _interleaved(a: Tensor, b: Tensor) -> bool:
     if channel == 0 or apart % channel != 0:
         return False
     between = apart // channel
-    wider = min(s for s in (a.stride(0), a.stride(2), a.stride(3)) if s >= channel)
-    return between >= max(a.shape[1], b.shape[1]) and (between + max(a.shape[1], b.shape[1])) * channel <= wider
+    wider = [a.stride(i) for i in (0, 2, 3) if a.shape[i] > 1 and a.stride(i) >= channel]
+    most = max(a.shape[1], b.shape[1])
+    return between >= most and all((between + most) * channel <= stride for stride in wider)
 
 
 def check_norm(

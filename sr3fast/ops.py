@@ -207,9 +207,11 @@ def solver_step(
     else:
         check_constant("row", row)
         row = row.detach().resolve_neg().contiguous()
-        values = row.tolist() if len(history) < 2 and is_readable(row) else ()
+        values = row.tolist() if is_readable(row) else ()
     if any(v != v for v in values):
         raise ValueError(f"a row holds numbers: got nan in {tuple(values)}")
+    if len(values) > 2 and values[2] < 0:
+        raise ValueError(f"clip, the third number of a row, must not be negative: got {values[2]:g}")
     for name, coefficient, m in zip(("C1", "C2"), values[6:8], (m1, m2), strict=False):
         if coefficient != 0 and m is None:
             raise ValueError(f"the row has {name}={coefficient:g} but history holds {len(history)} tensors")
@@ -396,7 +398,7 @@ def _watched(y: Tensor | None = None, *others: Tensor | None) -> bool:
     """Does the call need torch's dispatcher: for torch.compile, a tensor subclass, meta tensors, forward mode, a
     negation that torch has put off? Else, for inference, it goes straight to the home, which saves a third of a small
     call."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or in_forward_mode():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or in_forward_mode() or torch.jit.is_tracing():
         return True
     if y is not None and y.is_meta:
         return True
@@ -587,6 +589,8 @@ def _group_norm_silu_backward_outputs(grad, h, h2, weight, bias, mean, rstd, gro
 
 @_implement("group_norm_silu_backward")
 def _group_norm_silu_backward(grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s):
+    if shift is not None and grad_s is not None:
+        raise ValueError("grad_s is the gradient of a sum, which has its shift in it: got a shift too")
     outs = _group_norm_silu_backward_outputs(grad, h, h2, weight, bias, mean, rstd, groups, shift, silu, grad_s)
     dh, dh2, dweight, dbias, dshift = outs
     if dh.numel() == 0:
@@ -602,14 +606,14 @@ def _group_norm_silu_backward(grad, h, h2, weight, bias, mean, rstd, groups, shi
 
 def _save_refine(ctx, inputs, output):
     _, eps_hat, alpha, gamma, _, step, z, _, _ = inputs
-    ctx.row = (alpha, gamma, step)
+    ctx.save_for_backward(alpha, gamma, step)
     ctx.eps_dtype, ctx.has_z = eps_hat.dtype, z is not None
 
 
 def _refine_backward(ctx, grad):
     from .reference import refine_row
 
-    alpha, gamma, step = ctx.row
+    alpha, gamma, step = ctx.saved_tensors
     row = refine_row(alpha, gamma, step).to(grad.device)
     dz = grad * row[8] if ctx.has_z and ctx.needs_input_grad[6] else None
     return grad * row[3], (grad * row[4]).to(ctx.eps_dtype), None, None, None, None, dz, None, None
@@ -632,12 +636,13 @@ def _solver_step_backward(ctx, grad_y, grad_m):
 
 
 def _save_q_sample(ctx, inputs, output):
-    ctx.gamma, ctx.has_eps = inputs[1], inputs[4] is not None
+    ctx.save_for_backward(inputs[1])
+    ctx.has_eps = inputs[4] is not None
 
 
 def _q_sample_backward(ctx, grad, grad_eps):
-    gamma = ctx.gamma.to(grad.device).view(-1, 1, 1, 1)
-    deps = grad * (1 - gamma).sqrt().to(grad.dtype) if ctx.has_eps else None
+    gamma = ctx.saved_tensors[0].to(grad.device).view(-1, 1, 1, 1)
+    deps = grad * (1 - gamma).sqrt().to(grad.dtype) if ctx.has_eps and ctx.needs_input_grad[4] else None
     return grad * gamma.sqrt().to(grad.dtype), None, None, None, deps, None, None
 
 

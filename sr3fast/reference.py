@@ -145,7 +145,9 @@ def group_norm_silu_backward(
     silu: bool,
     grad_s: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """dh, dh2, dweight, dbias, dshift of group_norm_silu; `grad_s` is added to dh (the gradient of s itself).
+    """dh, dh2, dweight, dbias, dshift of group_norm_silu; `grad_s` is added to dh.
+
+    It is the gradient of a sum s that was kept, with its shift in it: then there is no shift here.
 
     With n = w x_hat + b, g = grad silu'(n), <.> the mean over a group:
         dh = (w g - <w g> - x_hat <w g x_hat>) / std,  dweight = sum g x_hat,  dbias = sum g,  dshift = sum dh

@@ -196,6 +196,8 @@ BAD = [
     (noise, {"origin": (0, 2**32 - 6)}, ValueError, r"as must every pixel: .* for 5 x 7"),
     (solver_step, {"step": 0}, ValueError, r"step must be in 1"),
     (solver_step, {"row": (*ROW[:8], math.nan)}, ValueError, r"a row holds numbers: got nan"),
+    (solver_step, {"row": torch.tensor([*ROW[:8], math.nan])}, ValueError, r"a row holds numbers: got nan"),
+    (solver_step, {"row": (*ROW[:2], -1.0, *ROW[3:])}, ValueError, r"clip, .*, must not be negative: got -1"),
     (q_sample, {"gamma": 0.0}, ValueError, r"gamma must be in \(0, 1\]: got 0.0"),
     (q_sample, {"gamma": 1.5}, ValueError, r"gamma must be in \(0, 1\]: got 1.5"),
     (q_sample, {"gamma": torch.tensor([0.5, 1.5])}, ValueError, r"got values from 0.5 to 1.5"),
@@ -393,6 +395,39 @@ def test_autograd_sees_what_out_and_into_overwrite():
             written(**outs)
     with torch.inference_mode():
         refine(out=y(), into=y())
+
+
+def test_autograd_sees_that_alpha_and_gamma_were_overwritten():
+    """They may be static tensors, which the next step fills anew."""
+    for changed in ("alpha", "gamma"):
+        alpha, gamma = torch.tensor(0.9, dtype=torch.float64), torch.tensor([0.5, 0.6], dtype=torch.float64)
+        image = grad(y())
+        outs = (ops.q_sample(image, gamma, 0)[0], ops.refine(image, y(seed=1), alpha, gamma[0], 0, 3))
+        {"alpha": alpha, "gamma": gamma}[changed].mul_(0.5)
+        for out in outs[changed == "alpha" :]:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+
+
+def test_a_stride_of_a_dimension_of_size_1_says_nothing():
+    def an_array_turned():
+        return torch.zeros(3, 5, 7, 1).permute(3, 0, 1, 2)  # strides (1, 35, 7, 1), and contiguous
+
+    image, eps_hat, into = an_array_turned().copy_(y(1, 3, 5, 7)), y(1, 3, 5, 7, seed=1), torch.zeros(1, 3, 5, 7)
+    for op in (
+        lambda **out: ops.refine(image, eps_hat, 0.9, 0.5, 0, 3, **out),
+        lambda **out: ops.solver_step(image, eps_hat, (1.2, 0.7, 1.0, 0.9, -0.1, 0.3, 0.0, 0.0, 0.5), 0, 3, **out)[0],
+        lambda **out: ops.q_sample(image, 0.5, 0, **out)[0],
+    ):
+        expected = op()
+        assert same_bits(op(out=image, into=into), expected) and same_bits(into, expected)
+
+
+def test_a_sum_that_was_kept_has_its_shift_in_it():
+    h, ones, mean = y(), torch.ones(3), torch.zeros(2, 1)
+    arguments = (h, h, None, ones, ones, mean, mean, 1, torch.zeros(2, 3), True, h)
+    with pytest.raises(ValueError, match="grad_s is the gradient of a sum, which has its shift in it"):
+        torch.ops.sr3fast.group_norm_silu_backward(*arguments)
 
 
 def test_a_forced_home_runs_the_backward_pass_too():

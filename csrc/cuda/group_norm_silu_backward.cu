@@ -853,7 +853,6 @@ void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbia
                               Tensor grad_s, const float* mean, const float* rstd, const Norm& norm,
                               Exec exec) {
   if (grad.numel() == 0) return;
-  if (dshift && grad_s) throw std::runtime_error("group_norm_silu_backward: dshift does not count grad_s in");
   check_scratch("group_norm_silu_backward", exec);
   const OnDevice on(exec.device);
   const bool vectors = vectors_fit(norm, {dh.data, dh2.data, grad.data, grad_s.data});
