@@ -103,7 +103,7 @@ def check_gradient(low: bool) -> None:
     exact.unet.double()
 
     ours.loss(*inputs)
-    plain.loss(x.to(DEVICE), y_0.to(DEVICE), gamma, eps).backward()
+    plain.loss(x.to(DEVICE), y_0.to(DEVICE), gamma.float(), eps).backward()
     exact.loss(*(t.to(DEVICE).double() for t in (x, y_0, gamma, eps))).backward()
 
     def gradient(unet: nn.Module) -> Tensor:

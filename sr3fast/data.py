@@ -315,7 +315,7 @@ class Pictures(Dataset):
 
     def _sample(self, index: int, u: float, v: float, symmetry: int) -> tuple[Tensor, Tensor]:
         target, source = self.load(index)
-        size, _ = image.whole(target.shape[-2:], self.scale)
+        size, _ = image.divisible(target.shape[-2:], self.scale)
         step = round(self.scale) if self.scale == round(self.scale) else 1
         top, left = (
             int(place * ((side - self.crop) // step + 1)) * step for place, side in zip((u, v), size, strict=True)
@@ -329,13 +329,13 @@ class Pictures(Dataset):
             symmetric(y, symmetry if self.augment == "dihedral" else symmetry & 1),
         )
 
-    def whole(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def uncropped(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """(source, x, image) of a whole picture, cut to sides that are whole at 1/scale; for validation.
 
         A source that the data brings at the target's size is made small again, as consistency needs it.
         """
         target, source = self.load(index)
-        size, _ = image.whole(target.shape[-2:], self.scale)
+        size, _ = image.divisible(target.shape[-2:], self.scale)
         window = (0, 0, *size)
         x = conditioned(target, source, self.scale, window)
         if source is None or source.shape == target.shape:
@@ -381,7 +381,7 @@ class Pictures(Dataset):
         for count in channels:
             if count != self.channels and (count, self.channels) != (1, 3):
                 return f"the network has {self.channels} channels, the picture has {count}"
-        if min(image.whole(size, self.scale)[0]) < self.crop:
+        if min(image.divisible(size, self.scale)[0]) < self.crop:
             return (
                 f"a picture must hold a crop of {self.crop} pixels, whole at 1/{self.scale:g}: "
                 f"got {size[0]} x {size[1]}"
@@ -407,14 +407,17 @@ def shrink(target: np.ndarray, scale: float, size: Size) -> np.ndarray:
 def conditioned(
     target: np.ndarray, source: np.ndarray | None, scale: float, window: tuple[int, int, int, int]
 ) -> np.ndarray:
-    """x in a window (top, left, bottom, right) of the target: equal to the window of the whole picture's
-    x.
+    """x in a window (top, left, bottom, right) of the target: that of the whole picture's x.
+
+    It is equal to it where scale is a whole number, else within two levels of 255: Pillow rounds its filters. A source
+    that the data brings is taken to be of the whole target, also where `scale` does not divide it.
     """
     if source is not None and source.shape == target.shape:
         return cut(source, window)
     top, left, bottom, right = window
-    size, _ = image.whole(target.shape[-2:], scale)
-    small = (round(size[0] / scale), round(size[1] / scale)) if source is None else source.shape[-2:]
+    size, small = image.divisible(target.shape[-2:], scale)
+    if source is not None:
+        size, small = target.shape[-2:], source.shape[-2:]
     sy, sx = (a / b for a, b in zip(size, small, strict=True))
     box = (top / sy, left / sx, bottom / sy, right / sx)
     if source is None:

@@ -229,7 +229,7 @@ def _color(path: Path) -> Photo:
 def _pair(path: Path, high: Photo, source: Path | None, scale: float) -> tuple[Photo, Photo]:
     """The truth, cut to a whole multiple of its source, and the source: read, or made by bicubic."""
     if source is None:
-        size, small = image.whole(high.size, scale)
+        size, small = image.divisible(high.size, scale)
         if min(small) < 2:
             raise ImageError(f"{_by(high.size)} is too small to be a truth", path)
         high = _cut(high, size)
@@ -293,15 +293,16 @@ def _bound(upscaler: Upscaler | None, steps: int, seed: int) -> Callable[[Photo,
     T = model.schedule.T
     if not min(2, T) <= steps <= T:
         raise ValueError(f"bits must lie in {min(2, T)}..T = {T}: got {steps}")
-    f_theta = Tiled(model.unet, upscaler.tiled.tile)
+    f_theta, multiple = Tiled(model.unet, upscaler.tiled.tile), model.unet.multiple
 
     def bits(high: Photo, low: Photo) -> float:
         if high.color.mode == "F":
             raise ImageError("the bound is of pictures with 256 levels: this one has 16 bits")
-        x, y_0 = (
-            image.reflect_pad(p.tensor(channels)[None], model.unet.multiple).to(device)
-            for p in (low.resized(high.size), high)
-        )
+        size = tuple(side // multiple * multiple for side in high.size)
+        if 0 in size:
+            raise ImageError(f"the bound is of pictures of at least {_by((multiple, multiple))}: got {_by(high.size)}")
+        # what is padded would count: the bound is of the part that the network takes as it is
+        x, y_0 = (_cut(p, size).tensor(channels)[None].to(device) for p in (low.resized(high.size), high))
         return variational_bound(f_theta, x, y_0, model.schedule, seed, level=model.level, steps=steps)["bits"]
 
     return bits

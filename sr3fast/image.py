@@ -430,7 +430,7 @@ def bicubic(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def whole(size: Sequence[int], scale: float) -> tuple[tuple[int, int], tuple[int, int]]:
+def divisible(size: Sequence[int], scale: float) -> tuple[tuple[int, int], tuple[int, int]]:
     """The largest size, at most `size`, that is whole at 1/scale, and what it is there; the order of sides is kept."""
     a, b = (int(side / scale + 1e-9) for side in size)  # 66 / 1.1 falls short of 60
     return (round(a * scale), round(b * scale)), (a, b)

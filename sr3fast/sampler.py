@@ -19,8 +19,8 @@ from . import noise, ops
 from .contract import FLOATS
 from .device import find_device
 from .engine import Engine, refusal
-from .image import resize
-from .schedule import Schedule, whole
+from .image import divisible, resize
+from .schedule import Schedule, whole_number
 from .solver import LEVELS, Table, default, rows
 from .unet import evaluation_mode
 
@@ -278,7 +278,7 @@ class Sampler:
         """
         if of not in ("y", "y_0_hat"):
             raise ValueError(f'of must be "y" or "y_0_hat": got {of!r}')
-        whole("count", count, at_least=2)
+        whole_number("count", count, at_least=2)
         inputs = self._inputs(x, seed, shape, y_T, start, z, consistency)
         return self._frames(inputs, count, of, consistency, progress)
 
@@ -315,11 +315,11 @@ class Sampler:
         with _bar(N, progress) as bar:
             f_theta = self._network.start_run(x, y.shape, table.levels(self.level).to(y.device))
             f_theta.into.copy_(y)
-            whole = f_theta.loop(y, table.rows, seed) if z is None and hasattr(f_theta, "loop") else None
+            replay = f_theta.loop(y, table.rows, seed) if z is None and hasattr(f_theta, "loop") else None
             for i, row in enumerate(table.rows.tolist()):
                 step = N - i
-                if whole is not None:  # all that follows, replayed as one CUDA graph
-                    y, m = whole(i)
+                if replay is not None:  # all that follows, replayed as one CUDA graph
+                    y, m = replay(i)
                 else:
                     *_, C0, _, _, S = row
                     eps_hat = f_theta(i)
@@ -376,7 +376,10 @@ class Sampler:
         seeds = noise.seeds(seed, shape[0], device)
         table = self.table if start is None else rows(self.schedule, **self._options, start=start)
         y = self._first(x, shape, seeds, y_T, start, table)
-        self.last_seed = seed if isinstance(seed, int) else seeds.tolist()
+        if isinstance(seed, Sequence):
+            self.last_seed = [int(s) for s in seed]
+        else:
+            self.last_seed = seeds.tolist() if isinstance(seed, Tensor) else int(seed)
         return _Inputs(x, y, seeds, table, z)
 
     def _first(
@@ -441,7 +444,7 @@ class Sampler:
             raise ValueError("consistency=True needs the enlargement: Sampler(..., scale=4)")
         if x is None or x.shape != shape:
             raise ValueError(f"consistency compares y_0 with x of its shape {list(shape)}: got {_shape_of(x)}")
-        if any((side / self.scale) % 1 for side in shape[2:]):
+        if divisible(shape[2:], self.scale)[0] != tuple(shape[2:]):
             raise ValueError(f"consistency needs sides that scale={self.scale:g} divides: got {list(shape[2:])}")
 
     @torch.no_grad()
@@ -450,7 +453,7 @@ class Sampler:
         y_0 = y.clone() if self.target is None else self.target.decode(y, x)
         if consistency and x is not None and self.scale is not None:
             H, W = y_0.shape[2:]
-            small = (round(H / self.scale), round(W / self.scale))
+            _, small = divisible((H, W), self.scale)
             y_0 = y_0 + resize(resize(x, small) - resize(y_0, small), (H, W))
         return y_0
 

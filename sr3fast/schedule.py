@@ -128,7 +128,7 @@ class Schedule:
         """
         if name not in _BETAS:
             raise ValueError(f"schedule must be one of {', '.join(NAMES)}: got {name!r}")
-        T = whole("T", T, at_least=1)
+        T = whole_number("T", T, at_least=1)
         config = {"name": name, "T": T, "start": float(start), "end": float(end)}
         return cls(_BETAS[name](T, float(start), float(end)), config)
 
@@ -185,7 +185,7 @@ class Schedule:
         return f"Schedule({how}; gamma_T={self.gamma[-1].item():.3g})"
 
 
-def whole(name: str, value: Any, at_least: int) -> int:
+def whole_number(name: str, value: Any, at_least: int) -> int:
     """value, a whole number of Python's or NumPy's. TypeError: it is none; ValueError: it is less."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number: got {value!r}")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import Schedule, half_logsnr, sigmoid2, whole
+from .schedule import Schedule, half_logsnr, sigmoid2, whole_number
 
 __all__ = ["GRIDS", "LEVELS", "SOLVERS", "Row", "Table", "default", "rows"]
 
@@ -134,12 +134,12 @@ def _distinct(t: Tensor, T: int) -> Tensor:
     N = len(t)
     if N > T:
         raise ValueError(f"a network conditioned on integer t has at most T levels: got {N} and T={T}")
-    above, whole = T + 1, []
+    above, distinct = T + 1, []
     for i, value in enumerate(t.tolist()):
         # below the one before, and leaving room for those that follow
         above = max(min(round(value), above - 1), N - i)
-        whole.append(above)
-    return torch.tensor(whole)
+        distinct.append(above)
+    return torch.tensor(distinct)
 
 
 # -------------------------------------------------------------------------------------------- solvers
@@ -350,8 +350,8 @@ def rows(
     Sources: SR3 arXiv:2104.07636; DDPM arXiv:2006.11239; DDIM arXiv:2010.02502; DPM-Solver++
     arXiv:2211.01095; UniPC arXiv:2302.04867; Langevin corrector arXiv:2011.13456.
     """
-    steps = None if steps is None else whole("steps", steps, at_least=1)
-    corrector_steps = whole("corrector_steps", corrector_steps, at_least=0)
+    steps = None if steps is None else whole_number("steps", steps, at_least=1)
+    corrector_steps = whole_number("corrector_steps", corrector_steps, at_least=0)
     solver = default(steps, grid) if solver is None else solver
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}: got {solver!r}")

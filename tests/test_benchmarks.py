@@ -29,7 +29,8 @@ for name in test_training.NAMES:
 
 
 def run(out, *command):
-    environment = {**os.environ, "OUT": str(out), "SR3FAST_BENCH_COMPILE": "0", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"OUT": str(out), "SR3FAST_BENCH_COMPILE": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True
     )

@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 def test_source_is_pillows_bicubic_of_the_whole_picture(tmp_path):
     whole = picture(tmp_path, "a.png", (51, 42))  # 42 = 10 * 4 + 2: what is not whole at 1/4 is left out
-    source, x, truth = Pictures(open_items(tmp_path), crop=8).whole(0)
+    source, x, truth = Pictures(open_items(tmp_path), crop=8).uncropped(0)
     target = whole.crop((0, 0, 48, 40))
     small = target.resize((12, 10), Image.Resampling.BICUBIC)
     assert torch.equal(truth, as_tensor(target))
@@ -53,7 +53,7 @@ def test_crop_equals_the_whole_pictures_window(folder, scale):
     places = set()
     for epoch in range(40):
         x, y = pictures[epoch, 1]
-        _, whole_x, whole_y = pictures.whole(1)
+        _, whole_x, whole_y = pictures.uncropped(1)
         windows = whole_y.unfold(1, 16, 1).unfold(2, 16, 1)
         match = (windows == y[:, None, None]).all(-1).all(-1).all(0).nonzero()
         assert len(match) == 1
@@ -91,9 +91,24 @@ def test_folder_of_pairs(tmp_path):
     target, source = picture(tmp_path / "hr", "a.png"), picture(tmp_path / "lr", "a.jpg", (12, 10), seed=5)
     source = Image.open(tmp_path / "lr" / "a.jpg")
     (item,) = open_items(tmp_path, 4)
-    small, x, y = Pictures([item], crop=8).whole(0)
+    small, x, y = Pictures([item], crop=8).uncropped(0)
     assert torch.equal(y, as_tensor(target)) and torch.equal(small, as_tensor(source))
     assert torch.equal(x, as_tensor(source.resize((48, 40), Image.Resampling.BICUBIC)))
+
+
+def test_a_source_is_of_the_whole_target_where_the_scale_does_not_divide_it(tmp_path):
+    target = picture(tmp_path / "hr", "a.png", (101, 99))
+    (tmp_path / "lr").mkdir()
+    source = target.resize((25, 24), Image.Resampling.BICUBIC)
+    source.save(tmp_path / "lr" / "a.png")
+    expected = as_tensor(source.resize(target.size, Image.Resampling.BICUBIC))
+    pictures = Pictures(open_items(tmp_path, 4), crop=16, augment="none")
+    _, x, y = pictures.uncropped(0)
+    assert y.shape == (3, 96, 100) and (x - expected[:, :96, :100]).abs().max() < 4.1 / 255
+    for epoch in range(4):
+        x, y = pictures[(epoch, 0)]
+        windows = expected.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        assert (windows - x).abs().amax((1, 2, 3)).min() < 4.1 / 255
 
 
 def turned(folder, name, orientation, **options):
@@ -111,7 +126,7 @@ def test_pairs_are_matched_after_the_exif_orientation(tmp_path):
     (tmp_path / "right" / "lr").mkdir()
     source = upright.resize((10, 12), Image.Resampling.BICUBIC)
     source.save(tmp_path / "right" / "lr" / "a.png")
-    small, _, y = Pictures(open_items(tmp_path / "right"), crop=8).whole(0)
+    small, _, y = Pictures(open_items(tmp_path / "right"), crop=8).uncropped(0)
     assert torch.equal(y, as_tensor(upright)) and torch.equal(small, as_tensor(source))
     turned(tmp_path / "wrong" / "hr", "a.png", 6)
     picture(tmp_path / "wrong" / "lr", "a.png", (12, 10))  # of the pixels as they are stored
@@ -138,7 +153,7 @@ def test_janspiry_folders_take_sr_as_x(tmp_path):
     target = picture(tmp_path / "hr_32", "00000.png", (32, 32))
     x = picture(tmp_path / "sr_8_32", "00000.png", (32, 32), seed=3)
     picture(tmp_path / "lr_8", "00000.png", (8, 8), seed=4)
-    _, got, y = Pictures(open_items(tmp_path), crop=16).whole(0)
+    _, got, y = Pictures(open_items(tmp_path), crop=16).uncropped(0)
     assert torch.equal(got, as_tensor(x)) and torch.equal(y, as_tensor(target))
 
 
@@ -152,7 +167,7 @@ def test_janspiry_lmdb(tmp_path):
         transaction.put(b"length", b"2")
     pictures = Pictures(open_items(tmp_path / "db"), crop=8)
     assert len(pictures) == 2
-    _, x, y = pictures.whole(1)
+    _, x, y = pictures.uncropped(1)
     assert torch.equal(y, as_tensor(images[1])) and torch.equal(x, as_tensor(images[3]))
 
 
@@ -164,7 +179,7 @@ def test_arrays_of_any_channels(tmp_path, dtype):
         array = rng.integers(0, np.iinfo(dtype).max + 1, array.shape).astype(dtype)
     np.save(tmp_path / "a.npy", array)
     pictures = Pictures(open_items(tmp_path / "a.npy"), crop=8, channels=13)
-    source, x, y = pictures.whole(1)
+    source, x, y = pictures.uncropped(1)
     assert (source.shape, x.shape) == ((13, 4, 6), (13, 16, 24))
     levels = 1 if dtype == "float32" else np.iinfo(dtype).max
     expected = array[1] if levels == 1 else array[1].astype(np.float32) / levels * 2 - 1

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import sr3fast
-from sr3fast import image, metrics
+from sr3fast import evaluation, image, metrics
+from sr3fast.bound import variational_bound
 from sr3fast.evaluation import BICUBIC, RESULT, evaluate, pictures
 from sr3fast.schedule import Schedule
 from sr3fast.unet import UNet
@@ -218,6 +219,24 @@ def test_the_scale_of_finished_pictures_is_told_from_their_sources(tmp_path):
     assert list(found.failed) == [tmp_path / "truth" / "a.png"]
     told = evaluate(tmp_path / "truth", source=tmp_path / "small", result=tmp_path / "made", scale=4)
     assert found.scores == told.scores and "b" in found.scores
+
+
+def test_bits_are_of_what_the_network_takes_as_it_is(tmp_path, upscaler, monkeypatch):
+    """Nothing padded counts: sides that are no multiple of the network's are cut."""
+    seen = []
+
+    def noted(f_theta, x, y_0, *args, **options):
+        seen.append((x, y_0))
+        return variational_bound(f_theta, x, y_0, *args, **options)
+
+    monkeypatch.setattr(evaluation, "variational_bound", noted)
+    truth = picture(tmp_path / "truth.png", size=(33, 21))
+    model = Model(upscaler.model.unet, upscaler.model.schedule, scale=3)
+    assert evaluate(tmp_path / "truth.png", Upscaler(model, steps=2), bits=2).bits > 0
+    ((x, y_0),) = seen
+    bicubic = image.bicubic(image.bicubic(truth, (11, 7)), truth.size)
+    for values, whole in ((y_0, truth), (x, bicubic)):
+        assert torch.equal(values[0], image.to_tensor(whole)[:, :20, :32])
 
 
 def test_bits_are_of_256_levels(tmp_path, upscaler):

@@ -91,8 +91,8 @@ def test_reflect_pad(height, width, multiple):
     ("size", "scale", "large", "small"),
     [((70, 66), 4, (68, 64), (17, 16)), ((66, 7), 1.1, (66, 7), (60, 6)), ((7, 19), 2.5, (5, 18), (2, 7))],
 )
-def test_whole(size, scale, large, small):
-    assert image.whole(size, scale) == (large, small)  # 66 / 1.1 is 59.99999999999999
+def test_divisible(size, scale, large, small):
+    assert image.divisible(size, scale) == (large, small)  # 66 / 1.1 is 59.99999999999999
 
 
 # Photos: modes

@@ -179,6 +179,13 @@ def test_seed_none_is_drawn_and_reported(x, caplog):
     assert sampler.last_seed != seed
 
 
+def test_the_last_seed_is_told_as_it_came(x):
+    sampler = Sampler(f_theta, SCHEDULE, steps=2)
+    for seed, told in ((np.int64(3), 3), ([2**64 - 1], [2**64 - 1]), (torch.tensor([7]), [7])):
+        sampler(x[:1], seed)
+        assert sampler.last_seed == told and sampler(x[:1], sampler.last_seed) is not None
+
+
 def test_global_generator_is_not_touched(x):
     before = torch.get_rng_state()
     Sampler(f_theta, SCHEDULE)(x, None)

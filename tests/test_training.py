@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sr3fast import noise, training, weights
+from sr3fast import noise, ops, training, weights
 from sr3fast.data import DataError, Skipped
 from sr3fast.schedule import Schedule
 from sr3fast.training import TrainConfig, Trainer, TrainingError, loop, ranks, train
@@ -340,10 +340,29 @@ train(config(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), workers=2))
 def test_what_was_logged_after_the_checkpoint_is_logged_once(photographs, tmp_path):
     train(config(photographs, tmp_path, log_every=1, iterations=3))
     with open(tmp_path / training.LOG, "a") as log:
-        log.write(json.dumps({"iteration": 4, "loss": 9.0}) + "\n")
+        log.write(json.dumps({"iteration": 4, "loss": 9.0}) + '\n{"iteration": 5, "lo')  # the machine went down
     train(config(photographs, tmp_path, log_every=1, resume=True))
     entries = [json.loads(line) for line in (tmp_path / training.LOG).read_text().splitlines()]
     assert [entry["iteration"] for entry in entries] == [1, 2, 3, 4, 5, 6] and entries[3]["loss"] != 9.0
+
+
+def test_threads_and_random_numbers_are_the_callers_again(photographs, tmp_path):
+    threads, generator = torch.get_num_threads(), torch.get_rng_state()
+    train(config(photographs, tmp_path / "run", iterations=1, warmup=1, threads=1))
+    with pytest.raises(DataError):
+        train(config(photographs, tmp_path / "none", crop=64, threads=1))
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), generator)
+
+
+def test_the_finest_noise_is_what_the_network_is_told(photographs, tmp_path):
+    """1 - gamma_1 is 1e-6, which a float32 gamma does not hold."""
+    trainer = Trainer(config(photographs, tmp_path, T=1, beta_start=1e-6, beta_end=1e-6))
+    y_0 = torch.zeros(4, 3, 16, 16)
+    _, _, gamma, _, seeds, _ = trainer._inputs(y_0, y_0, 0)
+    y_t, eps = ops.q_sample(y_0, gamma, seeds, 0)
+    drawn, _ = training.p_gamma(trainer.model.schedule, seeds, 0)
+    sigma = (1 - drawn).sqrt().view(-1, 1, 1, 1)
+    assert ((y_t.double() - sigma * eps.double()).abs() < 1e-5 * sigma).all()
 
 
 def test_a_bright_picture_is_validated_without_a_word(tmp_path, recwarn):

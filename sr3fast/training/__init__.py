@@ -2,7 +2,7 @@
 
 `denoising_loss` is the algorithm, `Trainer.step` one iteration of it, `train` the loop around it. A run is
 known from its configuration: data, noise, t and gamma are functions of (seed, iteration, place in the global
-batch), so any number of ranks sees the same batches and a resumed run goes on bit for bit.
+batch), so any number of ranks sees the same batches, and a resumed run goes on, bit for bit on the CPU.
 
 Imports go one way: algorithm and config, model, ranks, trainer, validation, loop.
 """

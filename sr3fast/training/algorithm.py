@@ -44,7 +44,8 @@ def denoising_loss(
 ) -> Tensor:
     """E |f_theta(x, sqrt(gamma) y_0 + sqrt(1 - gamma) eps, level) - eps|^p: lines 4 and 5 of Algorithm 1.
 
-    x, y_0: [B, C, H, W] float32; gamma: [B]; level: what the network is told of it; seeds: int64 [B], of eps.
+    x, y_0: [B, C, H, W] float32; gamma: [B], float64 best (1 - gamma_1 is 1e-6, to which a float32 gamma is rounded);
+    level: what the network is told of it; seeds: int64 [B], of eps.
     ValueError: p is neither 1 nor 2.
     """
     if p not in (1, 2):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..schedule import whole
+from ..schedule import whole_number
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -95,7 +95,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in AT_LEAST.items():
-            whole(name, getattr(self, name), least)
+            whole_number(name, getattr(self, name), least)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}: got {getattr(self, name)!r}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,6 @@ def train(
         FileNotFoundError: it holds none, and resume is on.
         TrainingError: the loss is not finite, a checkpoint cannot be written, a rank died.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     out = Path(config.out)
     if (out / CHECKPOINT).exists() and not config.resume:
         raise FileExistsError(f"{out} holds a run: give --resume to go on with it, or another --out")
@@ -55,8 +55,20 @@ def train(
             f"warmup={config.warmup}",
             stacklevel=2,
         )
-    with process_group(config.device):
+    with process_group(config.device), global_state(config.threads):
         return run(config, start, moments)
+
+
+@contextlib.contextmanager
+def global_state(threads: int) -> Iterator[None]:
+    """torch's threads, where the number is not 0; they and its random numbers are the caller's again afterwards."""
+    before = torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.set_num_threads(threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def run(config: TrainConfig, start: Model | None, moments: dict[str, dict[str, Tensor]] | None) -> Model:
@@ -129,12 +141,21 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
 
 
 def forget(out: Path, iteration: int) -> None:
-    """Drop the lines of log.jsonl after an iteration: what a run logged beyond its last checkpoint comes again."""
+    """Drop the lines of log.jsonl after an iteration: what a run logged beyond its last checkpoint comes again. And
+    those that are not whole, as a crash leaves the last one.
+    """
     if not (out / LOG).exists():
         return
-    lines = (out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+
+    def stays(line: str) -> bool:
+        try:
+            return json.loads(line)["iteration"] <= iteration
+        except (ValueError, LookupError, TypeError):
+            return False
+
+    lines = (out / LOG).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     with image.atomic(out / LOG) as temporary:
-        temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
+        temporary.write_text("".join(filter(stays, lines)), encoding="utf-8")
 
 
 def log(out: Path, iteration: int, entry: dict[str, float], name: str, writer: Any) -> None:

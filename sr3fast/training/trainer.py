@@ -153,7 +153,7 @@ class Trainer:
         x = to(x).contiguous(memory_format=torch.channels_last)
         picture = to(picture).contiguous(memory_format=torch.channels_last)
         y_0 = self.model.target.encode(picture, x)
-        return x, y_0, to(gamma.float()), to(level), to(seeds), to(torch.tensor(self.iteration))
+        return x, y_0, to(gamma), to(level), to(seeds), to(torch.tensor(self.iteration))
 
     def _loss(
         self,

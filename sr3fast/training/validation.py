@@ -23,9 +23,9 @@ def validate(model: Model, pictures: Pictures, steps: int = 10, count: int = 4) 
     sampler = Sampler(model.unet, model.schedule, steps=steps, level=model.level, target=model.target)
     scores, rows = [], []
     for index in range(min(count, len(pictures))):
-        _, x, truth = pictures.whole(index)
+        _, x, truth = pictures.uncropped(index)
         most = max(128, math.ceil(pictures.scale))
-        (height, width), small = image.whole([min(n, most) for n in truth.shape[-2:]], pictures.scale)
+        (height, width), small = image.divisible([min(n, most) for n in truth.shape[-2:]], pictures.scale)
         x, truth = x[:, :height, :width], truth[:, :height, :width]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "x looks like")  # a bright picture has no negative values
