@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -158,9 +159,11 @@ def upscale(options: Upscale) -> int:
             try:
                 _upscale(upscaler, source, result, options)
                 tqdm.write(str(last))
-            except ImageError as error:
+            except (ImageError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE):
+                    raise  # of every picture that follows too
                 failed += 1
-                tqdm.write(_complaint(error, source), file=sys.stderr)
+                tqdm.write(_complaint(error, None if isinstance(error, OSError) else source), file=sys.stderr)
     return _failures(failed, len(jobs), "enlarged")
 
 
@@ -356,8 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name != "tyro":
             raise
         print("sr3fast: the command line needs tyro: pip install 'sr3fast[cli]'", file=sys.stderr)
-    except BrokenPipeError:  # | head
-        return 0
+    except BrokenPipeError:  # | head; what Python has left to write goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as of the signal, SIGPIPE
     except (ValueError, OSError, pickle.UnpicklingError) as error:
         print(_complaint(error), file=sys.stderr)
     except RuntimeError as error:
@@ -373,6 +377,8 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         return info(Info())
     import tyro
 
+    if "" in arguments:
+        raise ValueError("a name or value is empty: is a variable of the shell unset?")
     config: tuple[Any, ...] = ()
     if issubclass(options, Sampling):  # sr3fast upscale photo.jpg, but sr3fast train --data photos
         config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs)
@@ -384,7 +390,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
 
 def _on_a_terminal() -> bool:
     """Whether bars are seen as bars."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _failures(failed: int, total: int, done: str) -> int:

@@ -229,14 +229,17 @@ def as_gamma(gamma: float | Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"gamma must be one number or [B]: got {tuple(gamma.shape)} for a batch of {y.shape[0]}")
     check_scalar_device("gamma", gamma, y.device)
     check_constant("gamma", gamma)
-    gamma = gamma.detach().double().resolve_neg()
+    gamma, device = gamma.detach(), y.device
+    if y.device.type in noise_v1.WITHOUT_FLOAT64:
+        gamma, device = gamma.cpu(), torch.device("cpu")
+    gamma = gamma.double().resolve_neg()
     if is_readable(gamma):
         low, high = (gamma.min().item(), gamma.max().item()) if gamma.numel() else (1.0, 1.0)
         if not (low > 0 and high <= 1):
             raise ValueError(f"gamma must be in (0, 1]: got values from {low} to {high}")
     if gamma.numel() == 1:
         return gamma.view(())
-    return gamma.to(y.device).contiguous()
+    return gamma.to(device).contiguous()
 
 
 def step_inputs(

@@ -83,13 +83,14 @@ def open_items(path: str | Path, scale: float = 4) -> list[Item]:
     if not path.is_dir():
         raise DataError(f"{path}: the data must be a folder, or an array in a .npy file")
     if (path / "data.mdb").exists():
-        return _lmdb_items(path)
+        return _lmdb_items(path, scale)
     theirs = [folder for folder in sorted(path.iterdir()) if _JANSPIRY.fullmatch(folder.name) and folder.is_dir()]
     if len(theirs) > 1:
         raise DataError(
             f"{path} holds several of Janspiry's folders, keep one: got {', '.join(f.name for f in theirs)}"
         )
     if theirs:
+        _check_factor(theirs[0], theirs[0].name, scale)
         return _pair_items(path / f"hr_{theirs[0].name.split('_')[2]}", theirs[0], scale)
     if (path / "hr").is_dir():
         return _pair_items(path / "hr", path / "lr", scale)
@@ -124,7 +125,8 @@ def _array(path: str | Path, ndim: int) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: a broken array ({error}): save it again") from error
     if values.ndim != ndim:
-        raise DataError(f"{path}: an array must be {'[N, C, H, W]'[(4 - ndim) * 3 :]}: got shape {values.shape}")
+        expected = "[N, C, H, W]" if ndim == 4 else "[C, H, W]"
+        raise DataError(f"{path}: an array must be {expected}: got shape {values.shape}")
     if values.dtype.kind != "f" and values.dtype not in (np.uint8, np.uint16):
         raise DataError(f"{path}: values must be uint8, uint16 or float in [-1, 1]: got {values.dtype}")
     return values
@@ -195,6 +197,13 @@ def _pair_items(targets: Path, sources: Path, scale: float) -> list[Item]:
     return items
 
 
+def _check_factor(path: Path, name: str, scale: float) -> None:
+    """Of Janspiry's name, sr_L_R..."""
+    low, high = map(int, name.split("_")[1:3])
+    if high != low * scale:
+        raise DataError(f"{path}: {name} is {high / low:g} times, not {scale:g}: give scale={high / low:g} (--scale)")
+
+
 def _check_pair(name: object, target: Sequence[int], source: Sequence[int], scale: float) -> None:
     if source != target and any(abs(a - b * scale) >= scale for a, b in zip(target, source, strict=True)):
         raise DataError(
@@ -212,13 +221,14 @@ def _slice(path: Path, i: int) -> np.ndarray:
     return _in_range(_array(path, 4)[i], f"{path}[{i}]")
 
 
-def _lmdb_items(path: Path) -> list[Item]:
+def _lmdb_items(path: Path, scale: float) -> list[Item]:
     with _lmdb(path).begin() as transaction:
         count = int(transaction.get(b"length") or 0)
         keys = [bytes(key).decode() for key in transaction.cursor().iternext(keys=True, values=False)]
     matches = [match for key in keys if (match := re.fullmatch(r"sr_(\d+)_(\d+)_\d{5}", key))]
     if not count or not matches:
         raise DataError(f"{path}: an LMDB must hold length, hr_R_i and sr_L_R_i: got {len(keys)} other keys")
+    _check_factor(path, matches[0].group(), scale)
     low, high = matches[0].group(1), int(matches[0].group(2))
     return [
         Item(

@@ -10,7 +10,7 @@ import contextlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -108,8 +108,8 @@ def evaluate(
         upscaler: makes the results: an Upscaler, or a model as `upscale` takes it, by default photo-x4 (unless `result`
             is given).
         source: the low-resolution pictures, by the truth's names; by default the truth is shrunk by bicubic.
-        result: finished pictures, by the truth's names; no network runs. Of the truth's size, before or after
-            it is cut.
+        result: finished pictures, by the truth's names, or NAME-mean of several samples; no network runs. Of the
+            truth's size, before or after it is cut.
         scale: how much finished pictures were enlarged, by default what the sizes of truth and source tell; an
             upscaler brings its own.
         seed: of every picture.
@@ -135,6 +135,8 @@ def evaluate(
     truths = pictures(truth)
     sources = _partners(truths, source)
     if upscaler is not None:
+        if scale not in (None, upscaler.scale):
+            raise ValueError(f"the scale is the upscaler's, {upscaler.scale:g}, or left out: got {scale:g}")
         scale = upscaler.scale
     elif scale is None:
         scale = _scale_of((truths[name], sources[name]) for name in truths if name in sources)
@@ -183,12 +185,16 @@ def pictures(path: str | Path) -> dict[str, Path]:
     return {str(name): file for name, file in zip(names, files, strict=True)}
 
 
-def stems(paths: Sequence[Path]) -> Iterator[Path]:
-    """Each path without its suffix; with it where a.jpg and a.png would become one."""
-    count = Counter(path.with_suffix("") for path in paths)
-    for path in paths:
-        name = path.with_suffix("")
-        yield name if count[name] == 1 else path
+def stems(paths: Sequence[Path]) -> list[Path]:
+    """Each path without its suffix; with it where two would become one, as of a.jpg and a.png."""
+    names = [path.with_suffix("") for path in paths]
+    while True:
+        count = Counter(names)
+        same = [i for i, name in enumerate(names) if count[name] > 1 and name != paths[i]]
+        if not same:
+            return names
+        for i in same:  # a.png may now have the name of a.png.png
+            names[i] = paths[i]
 
 
 def _partners(truths: dict[str, Path], path: str | Path | None) -> dict[str, Path]:
@@ -198,15 +204,16 @@ def _partners(truths: dict[str, Path], path: str | Path | None) -> dict[str, Pat
     if Path(path).is_file() and len(truths) == 1:
         return dict.fromkeys(truths, Path(path))
     partners = pictures(path)
-    if not truths.keys() & partners.keys():
+    if not {key for name in truths for key in (name, f"{name}-mean")} & partners.keys():
         raise ValueError(f"{path}: no picture here has the name of a truth, such as {next(iter(truths))}")
     return partners
 
 
 def _partner(name: str, truth: Path, partners: dict[str, Path], place: str | Path) -> Path:
-    if name not in partners:
-        raise ImageError(f"no picture named {name} in {place}", truth)
-    return partners[name]
+    for known in (name, f"{name}-mean"):  # of several samples, their mean
+        if known in partners:
+            return partners[known]
+    raise ImageError(f"no picture named {name} in {place}", truth)
 
 
 def _scale_of(pairs: Iterable[tuple[Path, Path]]) -> float:
@@ -230,7 +237,7 @@ def _pair(path: Path, high: Photo, source: Path | None, scale: float) -> tuple[P
     """The truth, cut to a whole multiple of its source, and the source: read, or made by bicubic."""
     if source is None:
         size, small = image.divisible(high.size, scale)
-        if min(small) < 2:
+        if min(small) < 1:
             raise ImageError(f"{_by(high.size)} is too small to be a truth", path)
         high = _cut(high, size)
         low = high.resized(small)

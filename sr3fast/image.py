@@ -112,12 +112,7 @@ def read(file: str | os.PathLike | IO[bytes]) -> Image.Image:
         if picture.mode not in _GRAY_16 and any(";16" in str(tile.args) for tile in getattr(picture, "tile", ())):
             warnings.warn("colours of 16 bits are read as 8, Pillow's way (gray keeps its 16)", stacklevel=1)
         picture.load()
-        info = _info(picture)
-        turn = _TURNS.get(picture.getexif().get(_Tag.Orientation, 1))
-        picture = picture.copy() if turn is None else picture.transpose(turn)
-        picture.info.pop("exif", None)
-        picture.info.update(info)  # a copy of a TIFF has no EXIF of its own
-        return picture
+        return _upright(picture)
 
 
 def header(file: str | os.PathLike | IO[bytes]) -> tuple[tuple[int, int], int]:
@@ -132,6 +127,16 @@ def header(file: str | os.PathLike | IO[bytes]) -> tuple[tuple[int, int], int]:
             width, height = picture.tag_v2[_Tag.ImageWidth], picture.tag_v2[_Tag.ImageLength]
         size = (height, width) if exif.get(_Tag.Orientation) in (5, 6, 7, 8) else (width, height)
         return size, _channels(picture.mode)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """A copy, turned as its EXIF orientation says, with what `_info` keeps of it."""
+    info = _info(picture)
+    turn = _TURNS.get(picture.getexif().get(_Tag.Orientation, 1))
+    picture = picture.copy() if turn is None else picture.transpose(turn)
+    picture.info.pop("exif", None)
+    picture.info.update(info)  # a copy of a TIFF has no EXIF of its own
+    return picture
 
 
 @contextlib.contextmanager
@@ -220,7 +225,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name in the same folder; rename it to `path` at the end, remove it on any failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    short = f"{zlib.crc32(os.fsencode(path.name)):08x}"  # a name with something added may be too long
+    temporary = path.with_name(f".{short}.{os.getpid()}.part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -304,13 +310,13 @@ class Photo:
 
     @classmethod
     def of(cls, picture: Image.Image) -> Photo:
-        """Take apart a picture of any of Pillow's modes.
+        """Take apart a picture of any of Pillow's modes, turned as its EXIF orientation says, if it still has one.
 
         Palettes become RGB; CMYK and LAB become sRGB (through the picture's own profile where it has one,
         which is then spent). Raises ImageError for mode F, whose range is not known.
         """
-        info = _info(picture)
-        mode = picture.mode
+        picture = _upright(picture)
+        info, mode = _info(picture), picture.mode
         if mode in _GRAY_16:
             values = np.asarray(picture).astype(np.float32)
             if values.size and not 0 <= values.min() <= values.max() <= 65535:
@@ -322,6 +328,8 @@ class Photo:
             return cls(_srgb(picture, info.pop("icc_profile", None)), None, info)
         if mode in ("La", "RGBa"):  # multiplied by alpha
             picture = picture.convert("LA" if gray else "RGBA")
+        if mode == "P" and "transparency" in picture.info:  # with bytes of it, Pillow warns of what follows
+            picture = picture.convert("RGBA")
         alpha = _alpha(picture, "LA" if gray else "RGBA")
         return cls(picture.convert("L" if gray else "RGB"), alpha, info)
 
@@ -449,13 +457,13 @@ def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def reflect_pad(values: torch.Tensor, multiple: int) -> torch.Tensor:
     """[..., H, W] made longer at the bottom and right to multiples of `multiple`, by reflection.
 
-    About the last pixel, which is not repeated. Sides of at least 2 pixels; a short one is reflected to and
-    fro as often as needed.
+    About the last pixel, which is not repeated (unless it is the only one); a short side is reflected to and fro as
+    often as needed.
     """
     for dim in (-2, -1):
         length = values.shape[dim]
         if length % multiple:
-            period = 2 * (length - 1)
+            period = max(2 * (length - 1), 1)
             place = torch.arange(-(-length // multiple) * multiple, device=values.device) % period
             values = values.index_select(dim, torch.minimum(place, period - place))
     return values

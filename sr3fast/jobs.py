@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from .evaluation import pictures, stems
 
 __all__ = ["beside", "plan"]
+
+WRITTEN = (".png", ".gif", ".webp")  # results, and traces beside them
 
 
 def plan(
@@ -40,13 +43,16 @@ def plan(
     made = [(source, result.with_name(f"{source.stem}.png")) for source, result in folders.items()]
     # a folder's picture may have been made alone before
     made += [(p, result_of(p, p.stem)) for p in (*files, *(folders if out is None else ()))]
-    made_of: dict[Path, set[Path]] = defaultdict(set)  # a file that is or was written -> its sources
+    made_of: dict[Path, set[Path]] = defaultdict(set)  # a result that is or was written, less its suffix -> its sources
     for source, result in made:
-        for file in written(result):
-            made_of[_place(file)].add(source)
+        made_of[_place(result).with_suffix("")].add(source)
 
     def is_earlier(p: Path) -> bool:
-        return bool(made_of[_place(p)] - {p}) and (out is None or p not in by_name)
+        if p.suffix not in WRITTEN or (out is not None and p in by_name):
+            return False
+        name = _place(p).with_suffix("")
+        alone = name.with_name(re.sub(r"-(\d+|mean|std|trace)$", "", name.name))
+        return bool((made_of[name] | made_of[alone]) - {p})
 
     files = [p for p in files if not is_earlier(p)]
     names = stems([(out or p.parent) / p.name for p in files])

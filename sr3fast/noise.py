@@ -13,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # What the draws are for; part of the counter.
 Y_T, REFINE, TRAIN, LEVEL, AUGMENT = 0, 1, 2, 3, 4
+
+# devices where the noise is drawn on the CPU and copied
+WITHOUT_FLOAT64 = {"mps", "xpu"}
 
 _MASK = 0xFFFFFFFF
 _LOG_COEFFICIENTS = (
@@ -35,7 +39,9 @@ def signed64(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def seeds(seed: int | Sequence[int] | Tensor, batch: int, device: torch.device | str | None = None) -> Tensor:
+def seeds(
+    seed: int | Sequence[int] | np.ndarray | Tensor, batch: int, device: torch.device | str | None = None
+) -> Tensor:
     """One 64-bit seed a sample, int64 [B]: an int s gives s, s + 1, ..; B ints or a tensor [B] stand as they are.
 
     Raises:
@@ -50,7 +56,7 @@ def seeds(seed: int | Sequence[int] | Tensor, batch: int, device: torch.device |
         values = seed
     elif isinstance(seed, Integral) and not isinstance(seed, bool):
         values = torch.tensor([signed64(int(seed) + i) for i in range(batch)])
-    elif isinstance(seed, Sequence) and all(isinstance(s, Integral) for s in seed):
+    elif isinstance(seed, Sequence | np.ndarray) and all(isinstance(s, Integral) for s in seed):
         values = torch.tensor([signed64(int(s)) for s in seed], dtype=torch.int64)
     else:
         raise TypeError(f"seed must be an int, a sequence of ints or an int64 tensor: got {seed!r}")
@@ -147,6 +153,13 @@ def normals(
     seed: Tensor, shape: Sequence[int], domain: int, step: Tensor | int, origin: tuple[int, int] = (0, 0)
 ) -> Tensor:
     """Noise v1 of a whole tensor: seed int64 [B], shape [B, C, H, W]; float32 in NCHW."""
+    if seed.device.type in WITHOUT_FLOAT64:
+        step = step.cpu() if isinstance(step, Tensor) else step
+        return _normals(seed.cpu(), shape, domain, step, origin).to(seed.device)
+    return _normals(seed, shape, domain, step, origin)
+
+
+def _normals(seed: Tensor, shape: Sequence[int], domain: int, step: Tensor | int, origin: tuple[int, int]) -> Tensor:
     _, channels, height, width = shape
     device = seed.device
     h0, w0 = origin

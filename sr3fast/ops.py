@@ -641,9 +641,10 @@ def _save_q_sample(ctx, inputs, output):
 
 
 def _q_sample_backward(ctx, grad, grad_eps):
-    gamma = ctx.saved_tensors[0].to(grad.device).view(-1, 1, 1, 1)
-    deps = grad * (1 - gamma).sqrt().to(grad.dtype) if ctx.has_eps and ctx.needs_input_grad[4] else None
-    return grad * gamma.sqrt().to(grad.dtype), None, None, None, deps, None, None
+    gamma = ctx.saved_tensors[0].view(-1, 1, 1, 1)
+    signal, sigma = (square.sqrt().to(grad.dtype).to(grad.device) for square in (gamma, 1 - gamma))
+    deps = grad * sigma if ctx.has_eps and ctx.needs_input_grad[4] else None
+    return grad * signal, None, None, None, deps, None, None
 
 
 def _forced_again(ctx):

@@ -88,11 +88,11 @@ def q_sample(
     y_0: Tensor, gamma: Tensor, seed: int | Tensor, step: int | Tensor, eps: Tensor | None, origin: Origin
 ) -> tuple[Tensor, Tensor]:
     """y_t = sqrt(gamma) y_0 + sqrt(1 - gamma) eps."""
-    gamma = gamma.to(y_0.device).view(-1, 1, 1, 1)
+    gamma = gamma.view(-1, 1, 1, 1)
+    signal, sigma = (square.sqrt().float().to(y_0.device) for square in (gamma, 1 - gamma))
     if eps is None:
         eps = _z(y_0, seed, step, noise_v1.TRAIN, origin)
-    y_t = gamma.sqrt().float() * y_0.float() + (1 - gamma).sqrt().float() * eps.float()
-    return y_t, eps
+    return signal * y_0.float() + sigma * eps.float(), eps
 
 
 def group_norm_silu(

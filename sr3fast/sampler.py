@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -376,7 +377,7 @@ class Sampler:
         seeds = noise.seeds(seed, shape[0], device)
         table = self.table if start is None else rows(self.schedule, **self._options, start=start)
         y = self._first(x, shape, seeds, y_T, start, table)
-        if isinstance(seed, Sequence):
+        if isinstance(seed, Sequence | np.ndarray):
             self.last_seed = [int(s) for s in seed]
         else:
             self.last_seed = seeds.tolist() if isinstance(seed, Tensor) else int(seed)
@@ -425,7 +426,7 @@ class Sampler:
 
     def _shape(self, x: Tensor | None, shape: Sequence[int] | None, y_T: Tensor | None) -> tuple[int, int, int, int]:
         if shape is None and y_T is not None:
-            shape = y_T.shape
+            shape = y_T.shape if x is None or y_T.ndim != 4 else (x.shape[0], y_T.shape[1], *x.shape[2:])
         if shape is None:
             if x is None:
                 raise ValueError("x is None, so shape=(B, C, H, W) must say what to sample")

@@ -62,8 +62,8 @@ def upscale(
     """The picture `scale` times larger, in its mode (palettes become RGB), with its alpha, ICC profile, EXIF and dpi.
 
     Args:
-        picture: Pillow's image of at least 2 x 2; a file's path, or a file opened in binary (its EXIF
-            orientation is honoured); a uint8 array [H, W], [H, W, 3] or [H, W, 4]; an image.Photo.
+        picture: Pillow's image, a file's path, or a file opened in binary (turned as its EXIF orientation says); a
+            uint8 array [H, W], [H, W, 3] or [H, W, 4]; an image.Photo.
         model: the name of weights that ship, a folder of weights.save, or a weights.Model. For a checkpoint
             of Janspiry's code: compat.janspiry.model("I1_E1_gen.pth", scale=4).
         scale: the weights' own by default; one that they do not support is refused.
@@ -205,8 +205,8 @@ class Upscaler:
 
     def check(self, size: tuple[int, int]) -> tuple[int, int]:
         """The result's (width, height) for a source's; ImageError where it is too small or too large."""
-        if min(size) < 2:
-            raise image.ImageError(f"a picture needs at least 2 x 2 pixels: got {size[0]} x {size[1]}")
+        if min(size) < 1:
+            raise image.ImageError(f"a picture needs at least a pixel: got {size[0]} x {size[1]}")
         large = (round(size[0] * self.scale), round(size[1] * self.scale))
         image.check_size(large, f"the result, {self.scale:g} times {size[0]} x {size[1]}: ")
         return large

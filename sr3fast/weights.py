@@ -1,6 +1,6 @@
 """Weights on disk: a folder with config.json (network, schedule, target, defaults) and model.safetensors.
 
-Nothing here unpickles. Checkpoints of Janspiry's code are read by `compat.janspiry`.
+Nothing here runs pickled code. Checkpoints of Janspiry's code are read by `compat.janspiry`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from .schedule import Schedule
 from .solver import LEVELS
 from .unet import UNet
 
-__all__ = ["Model", "Structure", "Target", "build", "find", "load", "matched", "save", "shipped"]
+__all__ = ["Model", "Structure", "Target", "build", "find", "load", "load_pickled", "matched", "save", "shipped"]
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 MODELS = Path(__file__).parent / "models"
 VERSION = 1
 KINDS = ("image", "residual")
+# what an upscaler asks a card for
+CARD: dict[str, type] = {"steps": int, "solver": str, "grid": str, "consistency": bool, "scales": list}
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class Model:
             raise ValueError(f"scale must be at least 1: got {self.scale}")
         if (self.level == "t") != (self.unet.variant == "ddpm"):
             raise ValueError(f"a {self.unet.variant} network is not conditioned on level={self.level!r}")
+        if not isinstance(self.card, dict):
+            raise ValueError(f"a card is a dict: got {self.card!r}")
+        for name, kind in CARD.items():
+            if not isinstance(self.card.get(name), kind | None):
+                raise ValueError(f"a card's {name} must be of type {kind.__name__}: got {self.card[name]!r}")
 
 
 # ------------------------------------------------------------------------------------------- folders
@@ -174,9 +181,26 @@ def load(name: str | Path, *, dtype: torch.dtype | None = torch.float32) -> Mode
         raise ValueError(f"{folder / TENSORS} is damaged or not a safetensors file: {error}") from error
     try:
         unet = build(config["unet"], tensors, str(folder / TENSORS), dtype=dtype)
-        return described(config, unet)
     except (TypeError, AttributeError) as error:  # arguments that no constructor knows
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
+    try:
+        return described(config, unet)
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
+
+
+def load_pickled(path: Path) -> Any:
+    """What torch.save wrote, on the CPU; no pickled code is run.
+
+    Raises pickle.UnpicklingError: it is no such file, or holds more than tensors and plain values; ValueError: it is
+    damaged; OSError: it cannot be opened.
+    """
+    path.open("rb").close()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or cut short: {why}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -284,8 +308,11 @@ def matched(
     source: says in errors where the tensors are from; named: gives a tensor's name there, where not ours.
     ValueError: the first differing tensors, both shapes, and the likely config.
     """
-    with torch.device("meta"):
-        unet = UNet(**config)
+    try:
+        with torch.device("meta"):
+            unet = UNet(**config)
+    except ValueError as error:
+        raise ValueError(f"{source} has a config that no network has: {error}") from error
     expected = {name: tuple(t.shape) for name, t in unet.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:

@@ -209,6 +209,15 @@ def test_what_an_earlier_run_made_is_no_source(here):
     assert plan(["**/*.png"], Path("out"), "-x4")[0] == (Path("a-x4-1.png"), Path("out/a-x4-1.png"))
     with pytest.raises(ValueError, match=r"out/a\.png would be written for out/a\.png"):
         plan(["out/*.png"], Path("out"), "-x4")
+    for name in ("1", "12", "std", "trace"):  # whatever options they were made with
+        picture(f"a-x4-{name}.png")
+    picture("a-x4-trace.gif")
+    picture("a-1.png")
+    for inputs in (["*.png", "*.gif"], ["."]):
+        assert {source.name for source, _ in plan(inputs, None, "-x4") if source.parent == Path(".")} == {
+            "a.png",
+            "a-1.png",
+        }
     Path("empty/folder").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"nothing to enlarge: empty/\* has no pictures"):
         plan(["empty/*"], None, "-x4")
@@ -243,6 +252,14 @@ def test_a_strip(here, folder):
 
 
 # The other commands
+
+
+def test_every_picture_of_a_folder_has_a_name_of_its_own(here):
+    for name in ("a.png", "a.jpg", "a.png.png", "b.png", "c.png.png", "c.png.jpg"):
+        picture(f"in/{name}")
+    expected = {"a.png": "a.png.png", "a.jpg": "a.jpg.png", "a.png.png": "a.png.png.png", "b.png": "b.png"}
+    expected |= {"c.png.png": "c.png.png.png", "c.png.jpg": "c.png.jpg.png"}
+    assert {source.name: result.name for source, result in plan(["in"], Path("out"), "-x4")} == expected
 
 
 def test_what_earlier_runs_made_in_a_folder_is_no_source(here):
@@ -398,8 +415,8 @@ def test_train_resumes_with_the_options_that_the_run_began_with(here, capsys):
     assert state["config"] == first | {"resume": True, "out": "moved", "iterations": 3, "workers": 1}
     assert main([*begin[:4], "moved", *begin[5:], "--iterations", "3", "--resume"]) == 0  # all of them again
     capsys.readouterr()
-    assert main(["train", "--out", "moved", "--resume", "--lr", "1", "--bf16"]) == 2
-    told = "was trained with bf16=False, not True, lr=0.0001, not 1.0: leave that out, or give another --out"
+    assert main(["train", "--out", "moved", "--resume", "--batch-size", "2", "--p", "1", "--bf16", "--lr", "1"]) == 2
+    told = "was trained with batch_size=1, not 2, p=2, not 1: give the same, as sr3fast.training.resumed has it"
     assert told in capsys.readouterr().err
     assert main(["train", "--out", "none", "--resume"]) == 2
     assert "nothing to resume: none/checkpoint.pt does not exist" in capsys.readouterr().err
@@ -543,9 +560,54 @@ def test_not_an_image(here, folder, capsys):
     refused(here, folder, capsys, "text.png", match="text.png: not an image that Pillow can read: convert")
 
 
-def test_one_pixel(here, folder, capsys):
-    picture("dot.png", (1, 1))
-    refused(here, folder, capsys, "dot.png", match="dot.png: a picture needs at least 2 x 2 pixels: got 1 x 1")
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 1)], ids=str)
+def test_one_pixel(here, folder, size):
+    picture("dot.png", size)
+    assert run(folder, "dot.png", "--consistency") == 0
+    assert Image.open("dot-x4.png").size == (4 * size[0], 4 * size[1])
+
+
+def test_an_empty_name(here, folder, capsys):
+    picture("photo.png")
+    for command, *arguments in (("upscale", "photo.png", "--out", ""), ("evaluate", "")):
+        assert run(folder, *arguments, command=command) == 2
+        assert "is empty: is a variable of the shell unset?" in capsys.readouterr().err
+
+
+def test_a_long_name_and_a_picture_that_cannot_be_written(here, folder, capsys, monkeypatch):
+    picture(f"in/{'n' * 245}.png")
+    picture("in/a.png")
+    picture("in/z.png")
+    write = image.write
+
+    def denied(made, path, **options):
+        if path.name == "a.png":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        write(made, path, **options)
+
+    monkeypatch.setattr(image, "write", denied)
+    assert run(folder, "in") == 2
+    assert files("in-x4") == [f"{'n' * 245}.png", "z.png"]
+    assert "in-x4/a.png: Permission denied" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away(here, folder):
+    """Upscaling stops, and says so by its exit code; training goes on."""
+    for name in "abc":
+        picture(f"in/{name}.png", (32, 32))
+    script = "import sys; from sr3fast.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    common = [sys.executable, "-P", "-c", script]
+    train = ["train", "--data", "in", "--out", "run", "--crop", "16", "--channels", "8", "--multipliers", "1", *SMALL]
+    for arguments, code in (
+        (["upscale", "in", "--weights", str(folder), "--device", "cpu"], 141),
+        ([*train, "--log-every", "1", "--iterations", "3"], 0),
+    ):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([*common, *arguments], stdout=write, stderr=subprocess.PIPE, text=True)
+        os.close(write)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert torch.load("run/checkpoint.pt", weights_only=True)["iteration"] == 3
 
 
 def test_empty_file(here, folder, capsys):

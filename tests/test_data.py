@@ -308,6 +308,11 @@ def test_names_like_janspirys_are_no_folders_of_theirs(tmp_path):
     for name in ("a.png", "sr_x_y.png", "sr_16_64.png"):
         picture(tmp_path, name)
     assert len(open_items(tmp_path)) == 3
+    for name in ("hr_64", "sr_16_64"):
+        picture(tmp_path / name, "a.png", (64, 64))
+    with pytest.raises(DataError, match=r"sr_16_64 is 4 times, not 2: give scale=4 \(--scale\)"):
+        open_items(tmp_path, 2)
+    assert len(open_items(tmp_path, 4)) == 1
     for name in ("hr_64", "sr_16_64", "sr_8_64"):
         picture(tmp_path / name, "0.png", (64, 64))
     with pytest.raises(DataError, match="several of Janspiry's folders, keep one: got sr_16_64, sr_8_64"):

@@ -135,12 +135,12 @@ def test_a_broken_picture_is_passed_over(tmp_path, upscaler):
     for i, name in enumerate(("a.png", "c.png")):
         picture(tmp_path / name, seed=i)
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    picture(tmp_path / "tiny.png", (7, 9))
+    picture(tmp_path / "tiny.png", (3, 9))
     found = evaluate(tmp_path, upscaler)
     assert list(found.scores) == ["a", "c"]
     assert {path.name: str(error).split(": ")[1] for path, error in found.failed.items()} == {
         "b.png": "not an image that Pillow can read",
-        "tiny.png": "7 x 9 is too small to be a truth",
+        "tiny.png": "3 x 9 is too small to be a truth",
     }
     assert found.mean[BICUBIC].psnr == pytest.approx(np.mean([s[BICUBIC].psnr for s in found.scores.values()]))
 

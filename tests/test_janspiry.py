@@ -331,6 +331,14 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
         load(tmp_path / "whole_gen.pth")
 
 
+def test_a_checkpoint_that_is_cut_anywhere_is_told(tmp_path):
+    whole = written(tmp_path, janspiry.diffusion(**SHORT)).read_bytes()
+    for i in range(1, 64):
+        (tmp_path / "b_gen.pth").write_bytes(whole[: len(whole) * i // 64])
+        with pytest.raises(ValueError, match=r"b_gen\.pth is (damaged|not a)"):
+            load(tmp_path / "b_gen.pth", GROUPS)
+
+
 @pytest.mark.parametrize("content", ["empty", "text", "cut", "pickle", "zip", "png"])
 def test_files_of_another_kind(tmp_path, content):
     whole = written(tmp_path, janspiry.diffusion(**SHORT)).read_bytes()
@@ -343,7 +351,7 @@ def test_files_of_another_kind(tmp_path, content):
         "png": b"\x89PNG\r\n\x1a\n" + bytes(100),
     }[content]
     (tmp_path / "b_gen.pth").write_bytes(data)
-    with pytest.raises(ValueError, match=r"b_gen\.pth (is not a|must hold)") as error:
+    with pytest.raises(ValueError, match=r"b_gen\.pth (is not a|must hold|is damaged)") as error:
         load(tmp_path / "b_gen.pth", GROUPS)
     assert "\n" not in str(error.value)
 

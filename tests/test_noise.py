@@ -181,6 +181,16 @@ def test_step_tensor(home):
     )
 
 
+def test_devices_without_float64_get_the_bits_of_the_cpu(monkeypatch):
+    """As far as a CPU can tell."""
+    y, gamma = torch.zeros(2, 3, 5, 6), torch.tensor([0.25, 0.5], dtype=torch.float64)
+    arguments = (y.shape, 3), {"step": torch.tensor(4), "origin": (1, 2)}
+    with backend.use("torch"):
+        expected = ops.noise(*arguments[0], **arguments[1]), *ops.q_sample(y, gamma, 5, 6)
+        monkeypatch.setattr(noise_v1, "WITHOUT_FLOAT64", {"cpu"})
+        assert all(map(same_bits, (ops.noise(*arguments[0], **arguments[1]), *ops.q_sample(y, gamma, 5, 6)), expected))
+
+
 def test_everything_in_the_counter_counts(home):
     def z(seed=1, **options):
         return ops.noise((1, 2, 8, 8), seed, device=home, **options)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,7 +306,10 @@ def test_nan_stops_and_leaves_the_checkpoint(photographs, tmp_path, monkeypatch)
         return value * math.nan if int(arguments[6]) == 4 else value
 
     monkeypatch.setattr("sr3fast.training.trainer.denoising_loss", broken)
-    with pytest.raises(TrainingError, match="loss is nan at iteration 4: try a smaller lr"):
+    with pytest.raises(
+        TrainingError,
+        match=r"loss is nan at iteration 4: try a smaller --lr .* with --resume, from the last checkpoint",
+    ):
         train(config(photographs, tmp_path))
     state = checkpoint(tmp_path)
     assert state["iteration"] == 3 and all(v.isfinite().all() for v in state["model"].values())
@@ -317,7 +321,7 @@ def test_an_infinite_gradient_stops_and_changes_nothing(photographs, tmp_path):
     trainer.step(batches)
     trainer.parameters[0].register_hook(lambda gradient: gradient * math.inf)
     before = [p.detach().clone() for p in (*trainer.parameters, *trainer.averaged.parameters())]
-    with pytest.raises(TrainingError, match=r"the gradient's norm is (inf|nan) at iteration 1: try a smaller lr"):
+    with pytest.raises(TrainingError, match=r"the gradient's norm is (inf|nan) at iteration 1: .* --no-bf16, anew$"):
         trainer.step(batches)
     now = (*trainer.parameters, *trainer.averaged.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
@@ -398,12 +402,33 @@ def test_full_disk_leaves_the_last_checkpoint(photographs, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == [training.CHECKPOINT, training.EXPORT]
 
 
+def test_what_may_save_a_run_may_change_when_it_goes_on(photographs, tmp_path):
+    train(config(photographs, tmp_path, iterations=2))
+    train(config(photographs, tmp_path, iterations=3, resume=True, lr=1e-5, warmup=1, max_norm=0.1, bf16=True))
+    assert checkpoint(tmp_path)["optimizer"]["param_groups"][0]["lr"] == 1e-5
+
+
+def test_a_run_may_not_lie_among_its_pictures(photographs, tmp_path):
+    folder = tmp_path / "photographs"
+    shutil.copytree(photographs, folder)
+    for out in (folder, folder / "run"):
+        with pytest.raises(
+            ValueError, match=r"out must not lie in a folder of pictures, .*: its contact sheet would be"
+        ):
+            train(config(folder, out))
+    assert not (folder / "run").exists()
+
+
+def test_a_ddpm_network_is_told_t(photographs, tmp_path):
+    assert training.fresh(config(photographs, tmp_path, variant="ddpm")).level == "t"
+
+
 def test_refusals(photographs, tmp_path):
     Trainer(config(photographs, tmp_path / "run")).save()
     with pytest.raises(FileExistsError, match="holds a run: give --resume"):
         train(config(photographs, tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"was trained with lr=0\.002, not 0\.1"):
-        train(config(photographs, tmp_path / "run", resume=True, lr=0.1))
+    with pytest.raises(ValueError, match=r"was trained with augment=.flip., not .none."):
+        train(config(photographs, tmp_path / "run", resume=True, augment="none"))
     with pytest.raises(ValueError, match="channels must be that of the weights, 8, or left out: got 16"):
         train(config(photographs, tmp_path / "run", resume=True, channels=16))
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
@@ -477,7 +502,7 @@ def descendants(pid):
         yield from descendants(child)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_signal_saves_first(photographs, tmp_path, number, world):
     body = """

@@ -27,7 +27,7 @@ from .. import noise, ops
 from ..sampler import Sampler
 from ..schedule import Schedule
 from ..unet import UNet, evaluation_mode
-from ..weights import Model, Structure, build, matched
+from ..weights import Model, Structure, build, load_pickled, matched
 
 __all__ = ["CONFIGS", "accelerate", "load", "model", "moments"]
 
@@ -230,8 +230,8 @@ def moments(path: str | Path) -> dict[str, dict[str, Tensor]]:
     if not file.is_file():
         raise FileNotFoundError(f"no optimizer state at {file}")
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)["optimizer"]["state"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        saved = load_pickled(file)["optimizer"]["state"]
+    except (pickle.UnpicklingError, ValueError, LookupError, TypeError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file} is not an optimizer's state of {REPOSITORY}: {why}") from error
     # Adam numbers the parameters as the network lists them; the frequencies are a buffer
@@ -266,7 +266,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_pickled(path)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
@@ -275,9 +275,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: besides tensors it pickles {refused[1]}, and sr3fast runs no pickled code."
             " Where it was made, save the tensors alone: torch.save(netG.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, KeyError, SafetensorError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint, or cut short: {why}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or cut short: {error}") from error
     if isinstance(state, Mapping) and "optimizer" in state:
         raise ValueError(f"{path} holds an optimizer's state: the network is in the file that ends in _gen.pth")
     tensors = isinstance(state, Mapping) and all(isinstance(t, Tensor) for t in state.values())
@@ -357,6 +356,8 @@ def _schedule_of(phases: Any) -> Schedule | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it may not be the one that is used
+        if lacking := [name for name in ("schedule", "n_timestep") if name not in phase]:
+            raise ValueError(f"a beta_schedule has schedule and n_timestep: this one lacks {' and '.join(lacking)}")
         return Schedule.named(
             phase["schedule"],
             phase["n_timestep"],
@@ -395,7 +396,7 @@ def _resolve(structure: Structure, variant: str, given: Mapping[str, Any], path:
     if groups is None:
         raise ValueError(
             f"{path}: norm_groups cannot be read from a checkpoint, and no config of {REPOSITORY} has this"
-            f" structure ({structure}). Give the path of its JSON file as config (--config), or"
+            f" structure ({structure}). Give the path of its JSON file as config (--config), or in Python"
             ' config={"norm_groups": 32} with its norm_groups (32 where it has none)'
         )
     multiple = 2 ** (len(structure.multipliers) - 1)

@@ -27,6 +27,7 @@ from .convolution import (
     PackedUpsample,
     Product,
     TransposedUpsample,
+    Turned,
     UpsampleConv,
     transposed_weight,
 )
@@ -200,7 +201,7 @@ class Builder:
     ):
         self.form, self.dtype, self.packed = form, dtype, packed
         self.B, self.size = shape[0], tuple(shape[2:])
-        self.shifts = torch.zeros(shape[0] * widths, device=device)
+        self.shifts = torch.zeros(shape[0] * widths, dtype=torch.float32, device=device)
         self.blocks: list[ResnetBlock] = []
         self.width = 0  # of the noise shifts so far
         self.lazy = form.fused_norms and form.fused_residual and not form.prepacked
@@ -247,10 +248,17 @@ class Builder:
         make: Any = PackedConv if self.form.prepacked else Conv
         if self.form.fused_residual and self.form.channels_last and not self.form.prepacked:
             make = Product if weight.shape[-1] == 1 else Conv
+        narrow = stride == 2 and self.size[1] <= 2 and self.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        size = self.size
+        if narrow:
+            key, weight, size = (key, "turned"), weight.transpose(2, 3), self.size[::-1]
         if (conv := self.packed.get(key)) is None:
             weight = weight.detach().to(self.dtype, copy=True, memory_format=self.layout)
             bias = None if bias is None else bias.detach().to(self.dtype, copy=True)
-            conv = make(weight, bias, (self.B, weight.shape[1], *self.size), stride)
+            conv = make(weight, bias, (self.B, weight.shape[1], *size), stride)
+            if narrow:
+                conv = self.packed[key] = Turned(conv)
+                return conv
             conv.one_pass = self.one_pass
             conv = conv if self.form.fused_residual else Apart(conv)
             conv = self.packed[key] = Tuned(conv) if self.tuned and weight.shape[-1] == 3 else conv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -83,15 +84,16 @@ class Graph:
     def __init__(self, captures: Captures, network: Network, capacity: int):
         self.captures, self.network, self.capacity = captures, network, capacity
         device, shape = network.device, network.shape
-        self.table = torch.zeros(capacity, len(network.noise.bias), device=device)
-        self.rows = torch.zeros(capacity, 9, device=device)
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
+        self.table = zeros(capacity, len(network.noise.bias))
+        self.rows = zeros(capacity, 9)
         self.table_row, self.row = self.table[:1].clone(), self.rows[:1].clone()
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(shape[0], dtype=torch.int64, device=device)
-        self.y, self.m, self.m1, self.m2 = (torch.zeros(shape, device=device) for _ in range(4))
+        self.y, self.m, self.m1, self.m2 = (zeros(shape) for _ in range(4))
         self.keep = torch.zeros(1, dtype=torch.bool, device=device)
-        self.zero = torch.zeros(1, device=device)
+        self.zero = zeros(1)
         self.eps_hat = torch.zeros_like(network.into, memory_format=torch.preserve_format)
         self.graphs: dict[str, Any] = {}
 

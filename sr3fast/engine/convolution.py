@@ -78,6 +78,22 @@ class Apart:
         return out if onto is None else out.add_(onto)
 
 
+class Turned:
+    """A convolution with rows for columns, of a weight that is turned too.
+
+    In bfloat16, by AMX, oneDNN's of stride 2 is wrong where the result has one column: it reads what lies beyond
+    (torch 2.13).
+    """
+
+    def __init__(self, conv: Conv):
+        self.conv = conv
+
+    def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False) -> Tensor:
+        out = self.conv(h.transpose(2, 3).contiguous(memory_format=torch.channels_last)).transpose(2, 3)
+        out = out.contiguous(memory_format=torch.channels_last)
+        return out if onto is None else out.add_(onto)
+
+
 class UpsampleConv:
     """Nearest neighbour times two, then the 3x3 convolution."""
 
@@ -118,9 +134,8 @@ def transposed_weight(weight: Tensor) -> Tensor:
     Pixel 2p of the result sees the enlarged pixels 2p-1, 2p, 2p+1, which are the pixels p-1, p, p: its taps
     are (w0, w1 + w2). Pixel 2p+1 sees p, p, p+1: (w0 + w1, w2).
     """
-    mix = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
-    mix = mix.to(weight.device)
-    return torch.einsum("ka,lb,ocab->cokl", mix, mix, weight.double())
+    mix = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32, device=weight.device)
+    return torch.einsum("ka,lb,ocab->cokl", mix, mix, weight.float())
 
 
 @functools.cache

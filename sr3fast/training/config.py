@@ -65,7 +65,7 @@ class TrainConfig:
     T: int | None = None  # model: steps of the schedule (new: 2000)
     beta_start: float | None = None  # model: the first beta (new: 1e-6)
     beta_end: float | None = None  # model: the last beta (new: 1e-2)
-    level: str | None = None  # model: what it is told: sqrt_gamma (new), gamma, or t (variant ddpm)
+    level: str | None = None  # model: what it is told: sqrt_gamma (new), gamma, or t (new, of variant ddpm)
 
     p_gamma: str = "gamma"  # uniform between its neighbours in gamma (the paper) or sqrt_gamma (Janspiry)
     t_per: str = "sample"  # sample, or batch: one t for the whole batch, as Janspiry's code

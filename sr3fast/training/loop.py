@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -35,8 +37,8 @@ def train(
     start, moments: weights and Adam's state to begin with (see Trainer), from `weights.load`, or from
     `compat.janspiry.model` and `moments`.
 
-    SIGINT and SIGTERM, of any rank, take effect after the iteration, which is saved first (in the main thread); of a
-    process that trains alone, a second one takes effect at once.
+    SIGINT, SIGTERM and SIGHUP, of any rank, take effect after the iteration, which is saved first (in the main thread);
+    of a process that trains alone, a second one takes effect at once.
 
     Raises:
         DataError: data that cannot be trained on, before anything is written.
@@ -75,6 +77,9 @@ def run(config: TrainConfig, start: Model | None, moments: dict[str, dict[str, T
     trainer = Trainer(config, start, moments)
     pictures = trainer.pictures(config.data, config.augment)
     held_out = None if config.validation is None else trainer.pictures(config.validation, "none")
+    for folder, found in ((config.data, pictures), (config.validation, held_out)):
+        if found is not None and folder is not None:
+            check_apart(Path(config.out), folder, found)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     try:
         with between_iterations(trainer.ranks.world) as signals:
@@ -89,6 +94,13 @@ def run(config: TrainConfig, start: Model | None, moments: dict[str, dict[str, T
     return trainer.averaged_model()
 
 
+def check_apart(out: Path, folder: Path, pictures: Pictures) -> None:
+    """ValueError where a run lies in a folder whose pictures, with those in its subfolders, are the data."""
+    inside = [Path(path).resolve().is_relative_to(folder.resolve()) for path in (out, pictures.items[0].name)]
+    if all(inside):
+        raise ValueError(f"out must not lie in a folder of pictures, {folder}: its contact sheet would be one")
+
+
 def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signals: list[int]) -> None:
     config, out = trainer.config, Path(trainer.config.out)
     leader = trainer.ranks.rank == 0
@@ -99,13 +111,14 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
         forget(out, trainer.iteration)
     bar = tqdm(total=config.iterations, initial=trainer.iteration, disable=None if leader else True, unit="it")
     if trainer.iteration >= config.iterations and leader:
-        tqdm.write(f"iteration {trainer.iteration} is reached already: --iterations says how many in all")
+        say(f"iteration {trainer.iteration} is reached already: --iterations says how many in all")
     losses, since = [], time.perf_counter()
     stop = 0  # the number of a signal
     while trainer.iteration < config.iterations and not stop:
         losses.append(trainer.step(batches))
         i = trainer.iteration
-        bar.update()
+        with contextlib.suppress(OSError):  # nobody looks on any more
+            bar.update()
         if i % config.log_every == 0 or i == config.iterations:
             seconds = time.perf_counter() - since
             entry = {
@@ -118,7 +131,7 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
             if leader:
                 log(out, i, entry, "train", writer)
             if leader and bar.disable:  # no terminal
-                tqdm.write(f"iteration {i}: loss {entry['loss']:.4f}, {entry['images_per_second']:.1f} images a second")
+                say(f"iteration {i}: loss {entry['loss']:.4f}, {entry['images_per_second']:.1f} images a second")
         if i % config.save_every == 0 or i == config.iterations:
             trainer.save()
         if held_out and leader and i % config.validate_every == 0 and i < config.iterations:
@@ -131,13 +144,23 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
         signals[:] = [stop]  # whichever rank it came to
         name, i = signal.Signals(stop).name, trainer.iteration
         if leader:
-            tqdm.write(f"{name}: iteration {i} is in {out / CHECKPOINT}, --resume goes on from it")
+            say(f"{name}: iteration {i} is in {out / CHECKPOINT}, --resume goes on from it")
     elif leader:
         rows = log_validation(trainer, held_out, writer) if held_out else validation(trainer, pictures)[1]
         contact_sheet(rows, out / SHEET)
-        tqdm.write(f"iteration {trainer.iteration}: the weights are in {out / EXPORT}")
+        say(f"iteration {trainer.iteration}: the weights are in {out / EXPORT}")
     if writer:
         writer.close()
+
+
+def say(text: str) -> None:
+    """A line beside the bar. Where nobody reads it any more, training goes on."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def forget(out: Path, iteration: int) -> None:
@@ -172,7 +195,7 @@ def log_validation(trainer: Trainer, held_out: Pictures, writer: Any) -> list:
     """The rows of `validate`, its scores told and logged."""
     i = trainer.iteration
     scores, rows = validation(trainer, held_out)
-    tqdm.write(f"iteration {i}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    say(f"iteration {i}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     log(Path(trainer.config.out), i, scores, "validation", writer)
     if writer:
         for j, row in enumerate(rows):

@@ -24,7 +24,7 @@ def fresh(config: TrainConfig) -> Model:
     """
     torch.manual_seed(config.seed)
     given = given_options(config)
-    o = FRESH | given
+    o = FRESH | ({"level": "t"} if given.get("variant") == "ddpm" else {}) | given
     if o["target"] == "image" and (odd := given.keys() & {"k", "clip"}):
         raise ValueError(f"{' and '.join(sorted(odd))} are of a residual, and the target is the image")
     sides = [config.crop // 2**i for i in range(len(o["multipliers"]))]

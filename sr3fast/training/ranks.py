@@ -21,6 +21,9 @@ import torch.distributed.nn  # early: its defaults keep for ever the process gro
 
 from ..device import find_device
 
+# what ends a run: Ctrl-C, a cluster, a terminal that is closed
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @dataclass
 class Ranks:
@@ -80,18 +83,19 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def between_iterations(world: int) -> Iterator[list[int]]:
-    """The list of SIGINT and SIGTERM as they come; at the end the first strikes as it would have. A second one
+    """The list of SIGNALS as they come; at the end the first strikes as it would have. A second one
     strikes at once where this process is alone; to several ranks the launcher sends on what they have already.
     """
     signals: list[int] = []
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
 
     def note(number: int, frame: object) -> None:
         if not signals and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this iteration, which will be saved\n")
+            with contextlib.suppress(OSError):  # the terminal may have been closed
+                os.write(2, b"\nstopping after this iteration, which will be saved\n")
         signals.append(number)
         for other, handler in handlers.items() if world == 1 else ():
             signal.signal(other, handler)
@@ -109,9 +113,9 @@ def between_iterations(world: int) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No SIGINT and SIGTERM: what ends the process has come already."""
+    """None of SIGNALS: what ends the process has come already."""
     here = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in SIGNALS} if here else {}
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from .. import image, noise
 from ..data import Order, Pictures, open_items
 from ..unet import UNet
-from ..weights import Model, describe, described, save
+from ..weights import Model, describe, described, load_pickled, save
 from .algorithm import denoising_loss, p_gamma
 from .config import OPTIMIZERS, TrainConfig, TrainingError, as_plain, learning_rate, of_plain
 from .model import FRESH, agreeing, fresh
@@ -29,7 +29,8 @@ from .ranks import Ranks, uninterrupted
 CHECKPOINT, EXPORT = "checkpoint.pt", "model"
 
 # what may differ between a run and its resumption
-FREE = {"data", "out", "resume", "iterations", "cooldown", "save_every", "log_every", "device", "workers"}
+FREE = {"data", "out", "resume", "iterations", "lr", "warmup", "cooldown", "max_norm", "bf16"}
+FREE |= {"save_every", "log_every", "device", "workers"}
 FREE |= {"threads", "compile", "capture", "tensorboard", "validation", "validate_every", "validation_steps"}
 
 
@@ -122,9 +123,10 @@ class Trainer:
         loss, length = torch.stack([total, norm]).tolist()
         if not math.isfinite(loss) or not math.isfinite(length):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {length}"
+            written = (Path(config.out) / CHECKPOINT).exists()
             raise TrainingError(
-                f"{what} at iteration {self.iteration}: try a smaller lr (now {config.lr:g}), "
-                "a longer warmup, or --no-bf16; the last checkpoint is untouched, --resume goes on from it"
+                f"{what} at iteration {self.iteration}: try a smaller --lr (now {config.lr:g}), a longer --warmup, or "
+                f"--no-bf16, {'with --resume, from the last checkpoint, or anew' if written else 'anew'}"
             )
         self.optimizer.step()
         self.iteration += 1
@@ -300,7 +302,9 @@ def read_checkpoint(config: TrainConfig, world: int) -> dict[str, Any]:
     other = [n for n in sorted(ours.keys() - FREE - FRESH.keys()) if ours[n] != theirs.get(n)]
     if other:
         got = ", ".join(f"{name}={theirs.get(name)!r}, not {ours[name]!r}" for name in other)
-        raise ValueError(f"{path} was trained with {got}: leave that out, or give another --out")
+        raise ValueError(
+            f"{path} was trained with {got}: give the same, as sr3fast.training.resumed has it, or another --out"
+        )
     if ranks != world:
         raise ValueError(f"{path} was trained on {ranks} ranks, not {world}: start as many")
     return state
@@ -318,10 +322,10 @@ def load_checkpoint(out: str | Path) -> tuple[Path, dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume: {path} does not exist (leave out --resume to start)")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_pickled(path)
         known = "description" in state
         of_plain(state["config"]), len(state["rng"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
+    except (pickle.UnpicklingError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged, or no checkpoint of sr3fast train: begin another --out with --init "
             f"{path.parent / EXPORT}, its averaged weights"
