@@ -555,7 +555,7 @@ def refusing(x, y_t, level):
         (dict(x=torch.full((1, 3, 4, 4), math.inf)), "x must be finite"),
         (dict(shape=(3, 3, 12)), r"shape must be \(B, C, H, W\)"),
         (dict(shape=(2, 3, 12, 20)), "y's batch and size"),
-        (dict(y_T=torch.zeros(3, 3, 12, 19)), "y's batch and size"),
+        (dict(y_T=torch.zeros(3, 3, 12, 19)), r"y_T must be of shape \[3, 3, 12, 20\]: got \[3, 3, 12, 19\]"),
         (dict(y_T=torch.zeros(3, 3, 12, 20), shape=(3, 1, 12, 20)), "y_T must be of shape"),
         (dict(y_T=torch.zeros(3, 3, 12, 20), start=0.5), "y_T and start both"),
         (dict(start=1.0), r"start must be in \[0, 1\)"),
