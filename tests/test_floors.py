@@ -25,6 +25,7 @@ FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 # of a package's modules, each imports only those before it
 INSIDE = {
     "engine": ("gpu", "convolution", "form", "tuned", "blocks", "network", "capture", "run", "engine"),
+    "compat/janspiry": ("names", "configs", "checkpoint", "sampling"),
     "training": ("algorithm", "config", "model", "ranks", "trainer", "validation", "loop"),
 }
 

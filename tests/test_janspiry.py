@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from sr3fast import ops
-from sr3fast.compat.janspiry import _our_name, _their_name, accelerate, load, model
+from sr3fast.compat.janspiry import accelerate, load, model
+from sr3fast.compat.janspiry.names import our_name, their_name
 from sr3fast.sampler import Sampler
 from sr3fast.schedule import Schedule
 
@@ -146,7 +147,7 @@ def test_everything_but_groups_is_inferred(tmp_path):
 def test_names_go_both_ways(variant):
     theirs = janspiry.diffusion(variant=variant, **SHORT).denoise_fn
     for name, _ in theirs.named_parameters():
-        assert _their_name(_our_name(name), variant) == name
+        assert their_name(our_name(name), variant) == name
 
 
 def test_groups_are_asked_for_and_used(tmp_path):

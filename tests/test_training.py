@@ -733,10 +733,11 @@ def test_weights_that_do_not_say_their_scale(photographs, tmp_path, twice):
 
 def test_janspirys_optimizer_goes_on_as_adam_would(photographs, tmp_path):
     from sr3fast.compat import janspiry
+    from sr3fast.compat.janspiry import names
 
     torch.manual_seed(0)
     model = training.fresh(config(photographs, tmp_path, dropout=0.0))
-    theirs = {f"denoise_fn.{janspiry._their_name(n, 'sr3')}": p for n, p in model.unet.named_parameters()}
+    theirs = {f"denoise_fn.{names.their_name(n, 'sr3')}": p for n, p in model.unet.named_parameters()}
     order = sorted(theirs)  # another order than ours
     adam = torch.optim.Adam([theirs[name] for name in order], lr=SMALL["lr"])
     for parameter in theirs.values():

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sr3fast.compat.janspiry import CONFIGS, _renamed
+from sr3fast.compat.janspiry import CONFIGS
+from sr3fast.compat.janspiry.names import renamed
 from sr3fast.unet import ResnetBlock, UNet, sinusoid
 
 SMALL = dict(channels=16, multipliers=(1, 2, 4), blocks=1, attention=(8,), groups=8, dropout=0.0, image_size=16)
@@ -27,7 +28,7 @@ def pair(variant="sr3", inputs=6, outputs=3, dropout=0.0):
     """Our network and the plain one, with the same random weights."""
     plain = janspiry.diffusion(variant=variant, inputs=inputs, outputs=outputs, dropout=dropout).denoise_fn
     unet = UNet(**{**SMALL, "dropout": dropout}, in_channels=inputs, out_channels=outputs, variant=variant).eval()
-    unet.load_state_dict(_renamed(plain.state_dict()))
+    unet.load_state_dict(renamed(plain.state_dict()))
     return unet, plain
 
 
@@ -87,7 +88,7 @@ def test_their_networks_tensor_by_tensor(name):
     assert len(unet.state_dict()) == len(plain.state_dict()) - frequencies
     ours = {n: tuple(t.shape) for n, t in unet.state_dict().items()}
     theirs = {n: t for n, t in plain.state_dict().items() if not n.endswith("inv_freq")}
-    assert {n: tuple(t.shape) for n, t in _renamed(theirs).items()} == ours
+    assert {n: tuple(t.shape) for n, t in renamed(theirs).items()} == ours
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -112,8 +113,8 @@ def test_every_gradient_is_theirs(variant):
     (plain(joined(x, y_t), level) * v).sum().backward()
     truth = doubled(plain, level)
     (truth(joined(x, y_t).double(), level) * v).sum().backward()
-    truth = _renamed({n: p.grad for n, p in truth.named_parameters()})
-    theirs = _renamed({n: p.grad for n, p in plain.named_parameters()})
+    truth = renamed({n: p.grad for n, p in truth.named_parameters()})
+    theirs = renamed({n: p.grad for n, p in plain.named_parameters()})
     for name, p in unet.named_parameters():
         assert p.grad is not None, name
         assert truth[name].abs().max() > 0, name
