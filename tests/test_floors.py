@@ -12,6 +12,7 @@ KERNELS = PACKAGE.parent / "kernels"
 FLOORS = [
     {"device", "noise", "schedule", "image"},
     {"reference", "solver", "backend", "native", "contract"},
+    {"registration"},
     {"ops"},
     {"unet"},
     {"weights", "engine"},
