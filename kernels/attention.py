@@ -87,9 +87,18 @@ def attention(out: Tensor, qkv: Tensor, tile: Tile) -> Tensor:
     """out [B, P, C] <- softmax(q k^T / sqrt(C)) v; q, k, v: thirds of qkv [B, P, 3C]. Contiguous, half precision."""
     batch, positions, channels = out.shape
     launch(
-        *(attention_kernel, (channels // tile.BC, triton.cdiv(positions, tile.BM), batch), out),
-        *(qkv, out, channels**-0.5, positions, channels),
-        *(max(16, triton.next_power_of_2(positions)), tile.BM, tile.BK, tile.BC),
+        attention_kernel,
+        (channels // tile.BC, triton.cdiv(positions, tile.BM), batch),
+        out,
+        qkv_ptr=qkv,
+        out_ptr=out,
+        scale=channels**-0.5,
+        P=positions,
+        C=channels,
+        KEYS=max(16, triton.next_power_of_2(positions)),
+        BM=tile.BM,
+        BK=tile.BK,
+        BC=tile.BC,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

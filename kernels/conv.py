@@ -169,13 +169,39 @@ def conv2d(
     parts = None
     if plan.split > 1:
         parts = torch.empty(plan.split * out.numel(), dtype=torch.float32, device=out.device)
-    ends = (bias, residual) if parts is None else (None, None)
     launch(
-        *(conv_kernel, (tiles, plan.split, 4 if up else 1), out),
-        *(h, weight, s1, v1, s2, v2, *ends, out, parts),
-        *(M, height, width, rows, columns, channels, c1, c2, count, plan.split, side, stride, up),
-        *(c % plan.BK == 0 for c in (channels, c1, c2)),
-        *(plan.BM, plan.BN, plan.BK),
+        conv_kernel,
+        (tiles, plan.split, 4 if up else 1),
+        out,
+        h_ptr=h,
+        w_ptr=weight,
+        s1_ptr=s1,
+        v1_ptr=v1,
+        s2_ptr=s2,
+        v2_ptr=v2,
+        bias_ptr=bias if parts is None else None,
+        residual_ptr=residual if parts is None else None,
+        out_ptr=out,
+        parts_ptr=parts,
+        M=M,
+        H=height,
+        W=width,
+        OH=rows,
+        OW=columns,
+        C=channels,
+        C1=c1,
+        C2=c2,
+        N=count,
+        split=plan.split,
+        SIDE=side,
+        STRIDE=stride,
+        UP=up,
+        EVEN=channels % plan.BK == 0,
+        EVEN1=c1 % plan.BK == 0,
+        EVEN2=c2 % plan.BK == 0,
+        BM=plan.BM,
+        BN=plan.BN,
+        BK=plan.BK,
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
@@ -188,7 +214,17 @@ def add(
     """out += bias + residual, of channels_last tensors; or out <- the sum of the parts + bias + residual."""
     size, block = out.numel(), 1024 if out.numel() < 1 << 21 else 2048
     launch(
-        *(sum_kernel, (triton.cdiv(size, block),), out, parts, bias, residual, out, size, out.shape[1], split, block),
+        sum_kernel,
+        (triton.cdiv(size, block),),
+        out,
+        parts_ptr=parts,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        out_ptr=out,
+        size=size,
+        N=out.shape[1],
+        SPLIT=split,
+        BLOCK=block,
         num_warps=4,
     )
     return out

@@ -61,10 +61,10 @@ def parts(h: Tensor, h2: Tensor | None, tensors: int) -> tuple[list[Part], int, 
     return result, chunks, pb
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **keywords: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, **arguments: Any) -> None:
     """Fused multiply-adds are welcome here, unlike in the noise."""
     with torch.cuda.device_of(like):
-        kernel[grid](*args, **keywords, enable_fp_fusion=True)
+        kernel[grid](**arguments, enable_fp_fusion=True)
 
 
 @triton.jit
@@ -333,18 +333,61 @@ def _forward(
     pixels = h.shape[2] * h.shape[3]
     channel_mean, m2 = torch.empty((2, batch, channels, chunks), dtype=torch.float32, device=h.device)
     for part in pieces:
-        arguments = (part.h, residual, shift, s, channel_mean, m2, part.first, channels)
-        launch(moments_kernel, part.grid, h, *arguments, **part.tiles)
+        launch(
+            moments_kernel,
+            part.grid,
+            h,
+            h_ptr=part.h,
+            residual_ptr=residual,
+            shift_ptr=shift,
+            s_ptr=s,
+            mean_ptr=channel_mean,
+            m2_ptr=m2,
+            first=part.first,
+            C_ALL=channels,
+            **part.tiles,
+        )
     if s is not None:
         pieces, shift = [pieces[0]._replace(h=s)], None
     launch(
-        *(groups_kernel, (batch * groups,), h, channel_mean, m2, shift, mean, rstd, float(width * pixels), eps),
-        *(channels, groups, width, pixels, chunks, pb),
+        groups_kernel,
+        (batch * groups,),
+        h,
+        channel_mean_ptr=channel_mean,
+        m2_ptr=m2,
+        shift_ptr=shift,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        count=float(width * pixels),
+        eps=eps,
+        C_ALL=channels,
+        groups=groups,
+        width=width,
+        N=pixels,
+        chunks=chunks,
+        PB=pb,
         **_reduced_tile(width, chunks),
     )
     for part in pieces:
-        arguments = (part.h, shift, weight, bias, mean, rstd, out, groups, width, part.first, channels, h2 is not None)
-        launch(normalise_kernel, part.grid, h, *arguments, silu, **part.tiles)
+        launch(
+            normalise_kernel,
+            part.grid,
+            h,
+            h_ptr=part.h,
+            shift_ptr=shift,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            out_ptr=out,
+            groups=groups,
+            width=width,
+            first=part.first,
+            C_ALL=channels,
+            PAIR=h2 is not None,
+            SILU=silu,
+            **part.tiles,
+        )
 
 
 def group_norm_silu(
@@ -403,22 +446,67 @@ def group_norm_silu_backward(
     x = None if dshift is None else torch.empty_like(g)
     dweights, dbiases = torch.empty((2, batch, channels), dtype=torch.float32, device=h.device)
     mean_wg, mean_wgx = torch.empty((2, batch, groups), dtype=torch.float32, device=h.device)
+    given = {
+        "grad_ptr": grad,
+        "shift_ptr": shift,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
+        "groups": groups,
+        "width": width,
+        "C_ALL": channels,
+        "PAIR": h2 is not None,
+        "SILU": silu,
+    }
     for part in pieces:
         launch(
-            *(sums_kernel, part.grid, h, grad, part.h, shift, weight, bias, mean, rstd, g, gx, x),
-            *(groups, width, part.first, channels, h2 is not None, silu),
+            sums_kernel,
+            part.grid,
+            h,
+            h_ptr=part.h,
+            first=part.first,
+            g_ptr=g,
+            gx_ptr=gx,
+            x_ptr=x,
+            **given,
             **part.tiles,
         )
     launch(
-        *(group_sums_kernel, (batch * groups,), h, g, gx, x, weight, rstd, mean_wg, mean_wgx, dweights, dbiases),
-        *(dshift, float(width * pixels), pixels, channels, groups, width, chunks),
+        group_sums_kernel,
+        (batch * groups,),
+        h,
+        g_ptr=g,
+        gx_ptr=gx,
+        x_ptr=x,
+        weight_ptr=weight,
+        rstd_ptr=rstd,
+        mean_wg_ptr=mean_wg,
+        mean_wgx_ptr=mean_wgx,
+        dweight_ptr=dweights,
+        dbias_ptr=dbiases,
+        dshift_ptr=dshift,
+        count=float(width * pixels),
+        N=pixels,
+        C_ALL=channels,
+        groups=groups,
+        width=width,
+        chunks=chunks,
         **_reduced_tile(width, chunks),
     )
     torch.sum(dweights, 0, out=dweight)
     torch.sum(dbiases, 0, out=dbias)
     for part, d in zip(pieces, (dh, dh2), strict=False):
         launch(
-            *(backward_kernel, part.grid, h, grad, part.h, shift, weight, bias, mean, rstd, grad_s, mean_wg, mean_wgx),
-            *(d, groups, width, part.first, channels, h2 is not None, silu),
+            backward_kernel,
+            part.grid,
+            h,
+            h_ptr=part.h,
+            first=part.first,
+            grad_s_ptr=grad_s,
+            mean_wg_ptr=mean_wg,
+            mean_wgx_ptr=mean_wgx,
+            dh_ptr=d,
+            **given,
             **part.tiles,
         )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pixels import dense, launch, locate, place, seeds, step32, store
+from .pixels import dense, draws, launch, locate, place, store
 
 _HALF_PI_2_30 = tl.constexpr(1.5707963267948966 / 2**30)
 
@@ -140,5 +140,4 @@ def noise(outs: tuple[Tensor], seed: int | Tensor, step: int | Tensor, domain: i
     """out[i] = noise(seed_i, domain, step)[c, h, w]."""
     (out,) = outs
     grid, pixels = place(out, origin)
-    ptr, low, high, per_sample = seeds(seed)
-    launch(noise_kernel, grid, out, out, ptr, low, high, *step32(step), domain, per_sample, **pixels)
+    launch(noise_kernel, grid, out, out_ptr=out, DOMAIN=domain, **draws(seed, step), **pixels)

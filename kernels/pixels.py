@@ -16,7 +16,7 @@ its edges are cut by a mask.
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -30,15 +30,6 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 QUADS, QUADS_INTERPRETED = 256, 65536
 
 
-class Seeds(NamedTuple):
-    """Sample i has the seed low + 2^32 high + i, or ptr[i], or ptr[0] + i."""
-
-    ptr: Tensor | None
-    low: int
-    high: int
-    per_sample: bool
-
-
 def on_host(t: float | Tensor) -> bool:
     """Whether to pass the value; else the kernel reads it through a pointer, and a captured graph reads anew."""
     return not isinstance(t, Tensor) or t.device.type == "cpu"
@@ -50,16 +41,23 @@ def int32(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def seeds(seed: int | Tensor) -> Seeds:
+def draws(seed: int | Tensor, step: int | Tensor) -> dict[str, Any]:
+    """The keywords by which a kernel finds its noise: sample i has the seed seed_low + 2^32 seed_high + i, or
+    seed_ptr[i], or seed_ptr[0] + i; the step is there by value, or behind its pointer.
+    """
+    keywords: dict[str, Any] = {"seed_ptr": seed, "seed_low": 0, "seed_high": 0, "PER_SAMPLE": False}
     if not isinstance(seed, Tensor) or (seed.ndim == 0 and on_host(seed)):
         value = int(seed)
-        return Seeds(None, int32(value), int32(value >> 32), False)
-    return Seeds(seed, 0, 0, seed.ndim == 1)
+        keywords |= {"seed_ptr": None, "seed_low": int32(value), "seed_high": int32(value >> 32)}
+    else:
+        keywords["PER_SAMPLE"] = seed.ndim == 1
+    host = on_host(step)
+    return keywords | {"step_ptr": None if host else step, "step": int32(int(step)) if host else 0}
 
 
-def step32(step: int | Tensor) -> tuple[Tensor | None, int]:
-    """A pointer, or None and the value."""
-    return (None, int32(int(step))) if on_host(step) else (step, 0)  # type: ignore[return-value]
+def strides(name: str, t: Tensor | None) -> dict[str, int]:
+    """The keywords NAME0 .. NAME3."""
+    return {f"{name}{i}": stride for i, stride in enumerate((0, 0, 0, 0) if t is None else t.stride())}
 
 
 def place(y: Tensor, origin: tuple[int, int]) -> tuple[tuple[int], dict[str, Any]]:
@@ -96,10 +94,10 @@ def place(y: Tensor, origin: tuple[int, int]) -> tuple[tuple[int], dict[str, Any
     return (batch * (channels // k) * blocks,), keywords
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **keywords: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, **arguments: Any) -> None:
     """Run on the tensor's own GPU, with every product and sum rounded by itself."""
     with torch.cuda.device_of(like):
-        kernel[grid](*args, **keywords, enable_fp_fusion=False)
+        kernel[grid](**arguments, enable_fp_fusion=False)
 
 
 @triton.jit

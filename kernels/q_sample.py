@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .noise import normals, seed_of, step_of
-from .pixels import dense, launch, load, locate, on_host, place, seeds, step32, store, strided
+from .pixels import dense, draws, launch, load, locate, on_host, place, store, strided, strides
 
 TRAIN = tl.constexpr(2)  # noise v1's domain
 
@@ -56,12 +56,23 @@ def q_sample(
     """Fills y_t, eps where it was drawn and is wanted, and into's copy of y_t."""
     out, eps_out, into = outs
     grid, pixels = place(y_0, origin)
-    ptr, low, high, per_sample = seeds(seed)
     host = gamma.ndim == 0 and on_host(gamma)
     signal, noise = ((gamma.sqrt().item(), (1 - gamma).sqrt().item())) if host else (0.0, 0.0)
     launch(
-        *(q_sample_kernel, grid, y_0, out, eps_out, into, *((0,) * 4 if into is None else into.stride())),
-        *(y_0, eps, None if host else gamma, gamma.ndim == 1, signal, noise),
-        *(ptr, low, high, *step32(step), per_sample, into is None or into.stride() == y_0.stride()),
+        q_sample_kernel,
+        grid,
+        y_0,
+        out_ptr=out,
+        eps_out_ptr=eps_out,
+        into_ptr=into,
+        **strides("n", into),
+        y_ptr=y_0,
+        eps_ptr=eps,
+        gamma_ptr=None if host else gamma,
+        GAMMAS=gamma.ndim == 1,
+        signal=signal,
+        noise=noise,
+        INTO_DENSE=into is None or into.stride() == y_0.stride(),
+        **draws(seed, step),
         **pixels,
     )

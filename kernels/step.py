@@ -17,11 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .noise import normals, seed_of, step_of
-from .pixels import dense, launch, load, load_if, locate, on_host, place, seeds, step32, store, strided
+from .pixels import dense, draws, launch, load, load_if, locate, on_host, place, store, strided, strides
 
 REFINE = tl.constexpr(1)  # noise v1's domain
-
-_NO_STRIDES = (0, 0, 0, 0)
 
 
 @triton.jit
@@ -103,7 +101,7 @@ def _run(
     outs: tuple[Tensor, Tensor | None, Tensor | None],
     y: Tensor,
     eps_hat: Tensor,
-    row: tuple[Any, ...],
+    row: dict[str, Any],
     seed: int | Tensor,
     step: int | Tensor,
     m1: Tensor | None,
@@ -114,12 +112,25 @@ def _run(
 ) -> None:
     out, m, into = outs
     grid, pixels = place(y, origin)
-    ptr, low, high, per_sample = seeds(seed)
     launch(
-        *(step_kernel, grid, y, out, m, into, *(_NO_STRIDES if into is None else into.stride())),
-        *(y, eps_hat, *eps_hat.stride(), m1, m2, z, *row),
-        *(ptr, low, high, *step32(step), per_sample, paper, eps_hat.stride() == y.stride()),
-        into is None or into.stride() == y.stride(),
+        step_kernel,
+        grid,
+        y,
+        out_ptr=out,
+        m_ptr=m,
+        into_ptr=into,
+        **strides("n", into),
+        y_ptr=y,
+        f_ptr=eps_hat,
+        **strides("f", eps_hat),
+        m1_ptr=m1,
+        m2_ptr=m2,
+        z_ptr=z,
+        **row,
+        PAPER=paper,
+        F_DENSE=eps_hat.stride() == y.stride(),
+        INTO_DENSE=into is None or into.stride() == y.stride(),
+        **draws(seed, step),
         **pixels,
     )
 
@@ -141,9 +152,9 @@ def refine(
         alpha, gamma = float(alpha_t), float(gamma_t)
         a = 1 / math.sqrt(alpha)
         b = -((1 - alpha) / math.sqrt(1 - gamma)) / math.sqrt(alpha)
-        row = (None, None, None, *_float32(1, 0, math.inf, a, b, 0, 0, 0, math.sqrt(1 - alpha)))
+        row = _row(1, 0, math.inf, a, b, 0, 0, 0, math.sqrt(1 - alpha))
     else:
-        row = (None, alpha_t, gamma_t, *_float32(1, 0, math.inf, 0, 0, 0, 0, 0, 0))
+        row = _row(1, 0, math.inf, 0, 0, 0, 0, 0, 0) | {"alpha_ptr": alpha_t, "gamma_ptr": gamma_t}
     _run((out, None, into), y_t, eps_hat, row, seed, step, None, None, z, origin, paper=True)
 
 
@@ -163,11 +174,14 @@ def solver_step(
     if on_host(row):
         numbers = row.tolist()
         m1, m2 = (m if c != 0 else None for m, c in zip((m1, m2), numbers[6:8], strict=True))
-        arguments = (None, None, None, *numbers)
+        keywords = _row(*numbers)
     else:
-        arguments = (row, None, None, *(0.0,) * 9)
-    _run(outs, y, eps_hat, arguments, seed, step, m1, m2, z, origin, paper=False)
+        keywords = _row(*(0.0,) * 9) | {"row_ptr": row}
+    _run(outs, y, eps_hat, keywords, seed, step, m1, m2, z, origin, paper=False)
 
 
-def _float32(*numbers: float) -> tuple[float, ...]:
-    return struct.unpack("9f", struct.pack("9f", *numbers))
+def _row(*numbers: float) -> dict[str, Any]:
+    """The keywords of a row by value, rounded to float32."""
+    names = ("recip", "ratio", "clip", "a", "b_", "c0", "c1", "c2", "s")
+    values = zip(names, struct.unpack("9f", struct.pack("9f", *numbers)), strict=True)
+    return {"row_ptr": None, "alpha_ptr": None, "gamma_ptr": None, **dict(values)}
