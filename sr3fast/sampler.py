@@ -308,43 +308,22 @@ class Sampler:
     def _refine(
         self, inputs: _Inputs, callback: Callback | None = None, progress: bool = False
     ) -> Generator[tuple[int, Tensor], None, None]:
-        """Algorithm 2. y is one tensor, overwritten by each step; it ends in inputs.y."""
-        x, y, seed, table, z = inputs.x, inputs.y, inputs.seed, inputs.table, inputs.z
-        N = len(table)
-        history = [torch.empty_like(y) for _ in range(table.depth)]  # m_{t+1}, m_{t+2}
-        y_0_hat = None if callback is None else torch.empty_like(y)
-        with _bar(N, progress) as bar:
-            f_theta = self._network.start_run(x, y.shape, table.levels(self.level).to(y.device))
-            f_theta.into.copy_(y)
-            replay = f_theta.loop(y, table.rows, seed) if z is None and hasattr(f_theta, "loop") else None
-            for i, row in enumerate(table.rows.tolist()):
-                step = N - i
-                if replay is not None:  # all that follows, replayed as one CUDA graph
-                    y, m = replay(i)
-                else:
-                    *_, C0, _, _, S = row
-                    eps_hat = f_theta(i)
-                    keep = C0 != 0 and table.depth > 0
-                    m = history[-1] if keep else y_0_hat
-                    ops.solver_step(
-                        y,
-                        eps_hat,
-                        row,
-                        seed,
-                        step,
-                        history=history,
-                        z=None if z is None or S == 0 else z(step),
-                        out=(y, m),
-                        into=f_theta.into,
-                    )
-                    if keep:
-                        history = [history[-1], *history[:-1]]
-                if step == 1 and y is not inputs.y:
+        """(step, y) after each row, step = N - 1 .. 0; y is overwritten by the next, and ends in inputs.y."""
+        table = inputs.table
+        with _bar(len(table), progress) as bar:
+            f_theta = self._network.start_run(inputs.x, inputs.y.shape, table.levels(self.level).to(inputs.y.device))
+            f_theta.into.copy_(inputs.y)
+            if inputs.z is None and hasattr(f_theta, "loop"):
+                rows = _replayed(f_theta, inputs)
+            else:
+                rows = _stepped(f_theta, inputs, wanted=callback is not None)
+            for step, y, m in rows:
+                if step == 0 and y is not inputs.y:
                     inputs.y.copy_(y)
                 bar.update()
                 if callback is not None:
-                    callback(step - 1, y.clone(), cast(Tensor, m).clone())
-                yield step - 1, y
+                    callback(step, y.clone(), cast(Tensor, m).clone())
+                yield step, y
         if not inputs.y.isfinite().all():
             _warn("y_0 is not finite: f_theta gave infinity or NaN on the way (weights, or the range of its dtype)")
 
@@ -473,6 +452,35 @@ class _Inputs:
     seed: Tensor  # int64 [B]
     table: Table
     z: Callable[[int], Tensor] | None
+
+
+# ---------------------------------------------------------------------------------------- Algorithm 2
+
+
+def _stepped(f_theta: Run, inputs: _Inputs, wanted: bool) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Row by row: (rows to go, y, m). wanted: m, the estimate of y_0, is there also where no later row reads it."""
+    y, table = inputs.y, inputs.table
+    history = [torch.empty_like(y) for _ in range(table.depth)]  # m_{t+1}, m_{t+2}
+    y_0_hat = torch.empty_like(y) if wanted else None
+    for i, row in enumerate(table.rows.tolist()):
+        step = len(table) - i
+        *_, C0, _, _, S = row
+        eps_hat = f_theta(i)
+        keep = C0 != 0 and table.depth > 0
+        m = history[-1] if keep else y_0_hat
+        z = None if inputs.z is None or S == 0 else inputs.z(step)
+        ops.solver_step(y, eps_hat, row, inputs.seed, step, history=history, z=z, out=(y, m), into=f_theta.into)
+        if keep:
+            history = [history[-1], *history[:-1]]
+        yield step - 1, y, m
+
+
+def _replayed(f_theta: Any, inputs: _Inputs) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """The same, a row one replay of a CUDA graph."""
+    N = len(inputs.table)
+    replay = f_theta.loop(inputs.y, inputs.table.rows, inputs.seed)
+    for i in range(N):
+        yield N - 1 - i, *replay(i)
 
 
 # ------------------------------------------------------------------------------------- the network

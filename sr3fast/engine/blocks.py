@@ -1,7 +1,8 @@
 """The layers of the network as the engine runs them, and the builder that makes them of the UNet's.
 
 A value may still lack two sums, which the norm that reads it makes in passing: a bias, known beforehand, which its
-`Part` holds (Form.late_bias), and a residual, for which it comes as a `Late` (Form.fused_residual). Of a value's reader
+`Part` holds (Form.late_bias), and a residual, for which it comes as a `PendingSum` (Form.fused_residual). Of a value's
+reader
     lazy     says that it is a norm alone, so the residual may be left to it;
     exact    says that it is no norm, so what the value lacks must be in it: the last convolution takes the bias
              `instead` of its own.
@@ -35,14 +36,14 @@ from .form import Form
 from .tuned import Tuned
 
 
-class Late(NamedTuple):
+class PendingSum(NamedTuple):
     """The value main + residual, a sum that has not been made yet; both [B, C, H, W]."""
 
     main: Tensor
     residual: Tensor
 
 
-Value = Tensor | Late
+Value = Tensor | PendingSum
 Pair = tuple[Tensor, Tensor]
 
 
@@ -57,7 +58,7 @@ class Norm:
     def __call__(self, h: Value | Pair) -> tuple[Tensor, Any]:
         """act(GroupNorm(h + shift)), and h: where it was a sum, h + shift."""
         args = (self.weight, self.bias, self.groups, self.eps)
-        if isinstance(h, Late):
+        if isinstance(h, PendingSum):
             return ops.add_group_norm_silu(h.main, h.residual, *args, shift=self.shift, silu=self.silu)
         if self.fused:
             return ops.group_norm_silu(h, *args, shift=self.shift, silu=self.silu), h
@@ -115,7 +116,7 @@ class Block:
     def join(self, a: Tensor, h: Any) -> Value:
         parts = h if isinstance(h, tuple) else (h,)
         if self.lazy:
-            return Late(self.conv2(a), parts[0])
+            return PendingSum(self.conv2(a), parts[0])
         if not self.skips:
             return self.conv2(a, parts[0])
         if self.skips_first:  # oneDNN adds in any convolution
@@ -149,7 +150,7 @@ class AttentionBlock:
         B, C, H, W = s.shape
         qkv = self.qkv(a).permute(0, 2, 3, 1).reshape(B, H * W, 3 * C)
         a = self.attend(qkv).view(B, H, W, C).permute(0, 3, 1, 2)
-        return Late(self.out_conv(a), s) if self.lazy else self.out_conv(a, s)
+        return PendingSum(self.out_conv(a), s) if self.lazy else self.out_conv(a, s)
 
     def attend(self, qkv: Tensor) -> Tensor:
         B, P, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3

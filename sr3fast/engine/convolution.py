@@ -134,8 +134,9 @@ def transposed_weight(weight: Tensor) -> Tensor:
     Pixel 2p of the result sees the enlarged pixels 2p-1, 2p, 2p+1, which are the pixels p-1, p, p: its taps
     are (w0, w1 + w2). Pixel 2p+1 sees p, p, p+1: (w0 + w1, w2).
     """
-    mix = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32, device=weight.device)
-    return torch.einsum("ka,lb,ocab->cokl", mix, mix, weight.float())
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    mix = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype, device=weight.device)
+    return torch.einsum("ka,lb,ocab->cokl", mix, mix, weight)
 
 
 @functools.cache
