@@ -6,8 +6,9 @@
 
 What is rearranged is listed in `Form`, one switch each; benchmarks/test_ladder.py shows what each one gives. Two
 ideas carry most of it. A bias is a number a channel, so it need not be added where it arises: it travels with
-its tensor (`blocks.PendingSum`) until a norm adds it in passing. And everything that does not depend on y_t is done once:
-x lies in the network's input, the noise embeddings of all levels are a table, the weights are packed.
+its tensor (a residual too, as `blocks.PendingSum`) until a norm adds it in passing. And everything that does not
+depend on y_t is done once: x lies in the network's input, the noise embeddings of all levels are a table, the
+weights are packed.
 
 Imports go one way: gpu, convolution, form and tuned, blocks, network, capture, run, engine.
 """
