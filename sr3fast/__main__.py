@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .image import Photo
     from .upscaling import Upscaler
     from .weights import Model
@@ -168,7 +170,7 @@ def upscale(options: Upscale) -> int:
 
 
 def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -> None:
-    """One picture, into options.written(result) in that order."""
+    """One picture, into options.written(result), the last of them last."""
     from . import image
     from .upscaling import Spread, Trace
 
@@ -179,17 +181,24 @@ def _upscale(upscaler: Upscaler, source: Path, result: Path, options: Upscale) -
     if options.trace is not None:
         trace = Trace(frames=8 if options.trace == "png" else 40)
     samples = options.samples if options.samples > 1 else None
-    drawn = upscaler(photo, options.seed, samples=samples, trace=trace, progress=_on_a_terminal())
     files = options.written(result)
-    with _writing(result):
-        if trace is not None:
-            trace.save(files.pop(0))
-        if not isinstance(drawn, Spread):
-            return image.write(drawn, result)
+    trace_file = None if trace is None else files.pop(0)
+
+    def write(i: int, picture: Image.Image) -> None:
+        with _writing(files[i]):
+            image.write(picture, files[i])
+
+    each = None if samples is None else write  # what is drawn by then is kept
+    drawn = upscaler(photo, options.seed, samples=samples, trace=trace, progress=_on_a_terminal(), each=each)
+    if trace is not None and trace_file is not None:
+        with _writing(trace_file):
+            trace.save(trace_file)
+    if isinstance(drawn, Spread):
         std = drawn.std.mean(0, keepdim=True)
-        std_picture = image.to_picture(std / std.max().clamp(min=1e-6) * 2 - 1)
-        for picture, file in zip((*drawn.pictures, std_picture, drawn.mean), files, strict=True):
-            image.write(picture, file)
+        write(-2, image.to_picture(std / std.max().clamp(min=1e-6) * 2 - 1))
+        write(-1, drawn.mean)
+    else:
+        write(-1, drawn)
 
 
 def _read(path: Path) -> Photo:

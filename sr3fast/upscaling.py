@@ -162,8 +162,9 @@ class Upscaler:
         samples: int | None = None,
         trace: Trace | None = None,
         progress: bool = False,
+        each: Callable[[int, Image.Image], None] | None = None,
     ) -> Image.Image | Spread:
-        """See `upscale`."""
+        """See `upscale`; each(i, picture) is called as soon as sample i is there, 0 .. samples - 1."""
         if samples is not None and samples < 2:
             raise ValueError(f"samples must be at least 2, to have a deviation: got {samples}")
         if seed is None:
@@ -179,7 +180,8 @@ class Upscaler:
         x = large.tensor(self.channels)[None].to(self.device)
         padded = image.reflect_pad(x, self.model.unet.multiple)
 
-        y_0s = []
+        y_0s: list[Tensor] = []
+        pictures: list[Image.Image] = []
         for i in range(samples or 1):
             callback = None
             if trace is not None and i == 0:
@@ -196,12 +198,15 @@ class Upscaler:
             if self.consistency:
                 y_0 = y_0 + image.resize(small - image.resize(y_0, (small.shape[2], small.shape[3])), (height, width))
             y_0s.append(y_0[0].cpu())
+            pictures.append(large.with_color(y_0s[-1]))
             if trace is not None and i == 0:
                 trace.finish(y_0s[0])
+            if each is not None:
+                each(i, pictures[-1])
         if samples is None:
-            return large.with_color(y_0s[0])
+            return pictures[0]
         std, mean = torch.std_mean(torch.stack(y_0s), 0)
-        return Spread([large.with_color(y_0) for y_0 in y_0s], large.with_color(mean), std)
+        return Spread(pictures, large.with_color(mean), std)
 
     def check(self, size: tuple[int, int]) -> tuple[int, int]:
         """The result's (width, height) for a source's; ImageError where it is too small or too large."""

@@ -245,6 +245,25 @@ def test_samples_and_trace(here, folder):
     assert Image.open("photo-x4-trace.gif").n_frames >= 4
 
 
+def test_samples_that_are_drawn_are_kept(here, folder, monkeypatch):
+    picture("a.png")
+    write = image.write
+
+    def interrupted(made, path, **options):
+        write(made, path, **options)
+        if path.name == "a-x4-2.png":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image, "write", interrupted)
+        assert run(folder, "a.png", "--samples", "3") == 130
+    assert files(here) == ["a-x4-1.png", "a-x4-2.png", "a.png"]
+    first = Path("a-x4-1.png").read_bytes()
+    assert run(folder, "a.png", "--samples", "3") == 0
+    names = ["a-x4-1.png", "a-x4-2.png", "a-x4-3.png", "a-x4-mean.png", "a-x4-std.png", "a.png"]
+    assert files(here) == names and Path("a-x4-1.png").read_bytes() == first
+
+
 def test_a_strip(here, folder):
     picture("photo.png")
     assert run(folder, "photo.png", "--trace", "png", "--steps", "8") == 0
