@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ def plan(
     A folder's pictures go to FOLDER<suffix>/NAME.png, other files to NAME<suffix>.png beside them; with `out`, all
     go to out/NAME.png, or one picture to the file `out`.
 
-    A picture that is made of another one here was made by an earlier run, and is no source of this one; where there is
-    an `out`, one that was asked for by its own name is.
+    A picture that is made of another one here was made by an earlier run, and is no source of this one (a warning says
+    so where it was asked for by its own name); where there is an `out`, one that was asked for by its own name is.
 
     Raises ValueError where there is nothing, where `out` is a file for several pictures or of no format, and where a
     file would be written over a source or another result.
@@ -54,6 +55,9 @@ def plan(
         alone = name.with_name(re.sub(r"-(\d+|mean|std|trace)$", "", name.name))
         return bool((made_of[name] | made_of[alone]) - {p})
 
+    if named := sorted(p for p in files if p in by_name and is_earlier(p)):
+        more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+        warnings.warn(f"left out, as an earlier run's: {named[0]}{more} (with --out they are taken)", stacklevel=2)
     files = [p for p in files if not is_earlier(p)]
     names = stems([(out or p.parent) / p.name for p in files])
     jobs = {source: result for source, result in folders.items() if not is_earlier(source)}

@@ -202,7 +202,8 @@ def test_what_an_earlier_run_made_is_no_source(here):
         picture(name)
     options = Upscale(inputs=(), samples=2)
     a = (Path("a.png"), Path("a-x4.png"))
-    assert plan(["a.png", "a-x4.png"], None, "-x4") == [a]
+    with pytest.warns(UserWarning, match=r"left out, as an earlier run's: a-x4-1\.png and 1 more \(with --out"):
+        assert plan(["a.png", "a-x4.png", "a-x4-1.png"], None, "-x4") == [a]
     picture("a-x4-mean.png")
     Path("a-x4.png").unlink()
     assert plan(["*.png"], None, "-x4", options.written) == [a]
