@@ -112,7 +112,7 @@ def read(file: str | os.PathLike | IO[bytes]) -> Image.Image:
         if picture.mode not in _GRAY_16 and any(";16" in str(tile.args) for tile in getattr(picture, "tile", ())):
             warnings.warn("colours of 16 bits are read as 8, Pillow's way (gray keeps its 16)", stacklevel=1)
         picture.load()
-        return _upright(picture)
+        return _upright(picture, _turn(picture))
 
 
 def header(file: str | os.PathLike | IO[bytes]) -> tuple[tuple[int, int], int]:
@@ -129,10 +129,17 @@ def header(file: str | os.PathLike | IO[bytes]) -> tuple[tuple[int, int], int]:
         return size, _channels(picture.mode)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """A copy, turned as its EXIF orientation says, with what `_info` keeps of it."""
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """What its EXIF orientation asks for."""
+    try:
+        return _TURNS.get(picture.getexif().get(_Tag.Orientation, 1))
+    except Exception:  # a broken tag raises anything, and must not cost the picture
+        return None
+
+
+def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """A copy, turned, with what `_info` keeps of it."""
     info = _info(picture)
-    turn = _TURNS.get(picture.getexif().get(_Tag.Orientation, 1))
     picture = picture.copy() if turn is None else picture.transpose(turn)
     picture.info.pop("exif", None)
     picture.info.update(info)  # a copy of a TIFF has no EXIF of its own
@@ -315,7 +322,8 @@ class Photo:
         Palettes become RGB; CMYK and LAB become sRGB (through the picture's own profile where it has one,
         which is then spent). Raises ImageError for mode F, whose range is not known.
         """
-        picture = _upright(picture)
+        if (turn := _turn(picture)) is not None:
+            picture = _upright(picture, turn)
         info, mode = _info(picture), picture.mode
         if mode in _GRAY_16:
             values = np.asarray(picture).astype(np.float32)
