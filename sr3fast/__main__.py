@@ -309,11 +309,15 @@ def _train() -> Command:
 
     def defaults(arguments: Sequence[str]) -> Train | None:
         """With --resume, what is not given is as the run has it."""
-        known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         known.add_argument("--out")
         known.add_argument("--resume", action="store_true")
-        given, _ = known.parse_known_args(arguments)
-        return Train(**vars(resumed(given.out))) if given.resume and given.out is not None else None
+        try:
+            given, _ = known.parse_known_args(arguments)
+        except argparse.ArgumentError:  # tyro will say it
+            return None
+        asked = given.resume and given.out is not None and not {"-h", "--help"} & set(arguments)
+        return Train(**vars(resumed(given.out))) if asked else None
 
     return Command(Train, run, defaults)
 
@@ -392,7 +396,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     if issubclass(options, Sampling):  # sr3fast upscale photo.jpg, but sr3fast train --data photos
         config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs)
     parsed: Any = tyro.cli(
-        options, default=defaults(arguments), args=list(arguments), prog=f"sr3fast {command}", config=config
+        options, default=defaults(arguments), args=list(arguments), prog=f"sr3fast {command}", config=config or None
     )
     return function(parsed)
 

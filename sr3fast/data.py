@@ -192,6 +192,12 @@ def _pair_items(targets: Path, sources: Path, scale: float) -> list[Item]:
         if target is None or source is None:
             continue
         _check_pair(name, target[0], source[0], scale)
+        if source[0] != target[0] and image.divisible(target[0], scale)[0] != tuple(target[0]):
+            warnings.warn(
+                f"a target that is no {scale:g} times its source is cut at the right and below: a source that was made "
+                "of all of it does not lie on what is left",
+                stacklevel=2,
+            )
         channels = (target[1], source[1])
         items.append(Item(str(name), target[0], channels, partial(read, file), partial(read, names[1][name])))
     return items
@@ -419,15 +425,13 @@ def conditioned(
 ) -> np.ndarray:
     """x in a window (top, left, bottom, right) of the target: that of the whole picture's x.
 
-    It is equal to it where scale is a whole number, else within two levels of 255: Pillow rounds its filters. A source
-    that the data brings is taken to be of the whole target, also where `scale` does not divide it.
+    It is equal to it where scale is a whole number, else within two levels of 255: Pillow rounds its filters.
     """
     if source is not None and source.shape == target.shape:
         return cut(source, window)
     top, left, bottom, right = window
     size, small = image.divisible(target.shape[-2:], scale)
-    if source is not None:
-        size, small = target.shape[-2:], source.shape[-2:]
+    small = small if source is None else source.shape[-2:]
     sy, sx = (a / b for a, b in zip(size, small, strict=True))
     box = (top / sy, left / sx, bottom / sy, right / sx)
     if source is None:

@@ -140,7 +140,7 @@ def evaluate(
         scale = upscaler.scale
     elif scale is None:
         scale = _scale_of((truths[name], sources[name]) for name in truths if name in sources)
-    results = _partners(truths, result)
+    results = _partners(truths, result, means=True)
     scores: dict[str, dict[str, Scores]] = {}
     failed: dict[Path, Exception] = {}
     bounds = []
@@ -197,23 +197,28 @@ def stems(paths: Sequence[Path]) -> list[Path]:
             names[i] = paths[i]
 
 
-def _partners(truths: dict[str, Path], path: str | Path | None) -> dict[str, Path]:
-    """The pictures of `path` by their names; of one truth the partner is the one file, whatever its name."""
+def _partners(truths: dict[str, Path], path: str | Path | None, means: bool = False) -> dict[str, Path]:
+    """The pictures of `path` by their names, or, of means, by NAME-mean; of one truth the partner is the one file."""
     if path is None:
         return {}
     if Path(path).is_file() and len(truths) == 1:
         return dict.fromkeys(truths, Path(path))
     partners = pictures(path)
-    if not {key for name in truths for key in (name, f"{name}-mean")} & partners.keys():
+    if means:  # of several samples
+        partners |= {
+            name: partners[f"{name}-mean"]
+            for name in truths.keys() - partners.keys()
+            if f"{name}-mean" in partners and f"{name}-mean" not in truths
+        }
+    if not truths.keys() & partners.keys():
         raise ValueError(f"{path}: no picture here has the name of a truth, such as {next(iter(truths))}")
     return partners
 
 
 def _partner(name: str, truth: Path, partners: dict[str, Path], place: str | Path) -> Path:
-    for known in (name, f"{name}-mean"):  # of several samples, their mean
-        if known in partners:
-            return partners[known]
-    raise ImageError(f"no picture named {name} in {place}", truth)
+    if name not in partners:
+        raise ImageError(f"no picture named {name} in {place}", truth)
+    return partners[name]
 
 
 def _scale_of(pairs: Iterable[tuple[Path, Path]]) -> float:

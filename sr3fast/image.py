@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
+import re
 import struct
 import tempfile
 import warnings
@@ -64,6 +66,13 @@ _OF_THE_OLD_FILE = {  # pixel dimensions and places, and blocks whose offsets ho
     *(_Tag.FocalPlaneXResolution, _Tag.FocalPlaneYResolution, _Tag.FocalPlaneResolutionUnit),
     *(_Tag.MakerNote, ExifTags.IFD.Interop),
 }
+_WITH_ORIENTATION = (
+    "exif",
+    "Raw profile type exif",
+    "xmp",
+    "XML:com.adobe.xmp",
+    "Raw profile type xmp",
+)  # of Image.info
 _EXIF_BYTES = 65533  # of a JPEG's marker
 
 
@@ -109,10 +118,24 @@ def read(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     where the file cannot be opened.
     """
     with _opened(file) as picture:
-        if picture.mode not in _GRAY_16 and any(";16" in str(tile.args) for tile in getattr(picture, "tile", ())):
-            warnings.warn("colours of 16 bits are read as 8, Pillow's way (gray keeps its 16)", stacklevel=1)
+        deep = picture.mode not in _GRAY_16 and any(_is_deep(tile[3]) for tile in getattr(picture, "tile", ()))
         picture.load()
-        return _upright(picture, _turn(picture))
+        picture = _upright(picture, _turn(picture))
+    if deep:
+        _tell_that_bits_are_lost()
+    return picture
+
+
+def _is_deep(args: Any) -> bool:
+    """Whether Pillow's decoder gets 16 bits a channel, by its arguments: a raw mode; of a PPM the largest value too."""
+    raw, *rest = args if isinstance(args, tuple) else (args,)
+    return re.search(r";16[BLN]$", str(raw)) is not None or any(isinstance(n, int) and n > 255 for n in rest[:1])
+
+
+@functools.cache
+def _tell_that_bits_are_lost() -> None:
+    """Once."""
+    warnings.warn("16 bits a channel are read as 8, Pillow's way (gray without alpha keeps its 16)", stacklevel=1)
 
 
 def header(file: str | os.PathLike | IO[bytes]) -> tuple[tuple[int, int], int]:
@@ -141,7 +164,8 @@ def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     """A copy, turned, with what `_info` keeps of it."""
     info = _info(picture)
     picture = picture.copy() if turn is None else picture.transpose(turn)
-    picture.info.pop("exif", None)
+    for name in _WITH_ORIENTATION:  # or it would be turned again
+        picture.info.pop(name, None)
     picture.info.update(info)  # a copy of a TIFF has no EXIF of its own
     return picture
 
@@ -322,6 +346,7 @@ class Photo:
         Palettes become RGB; CMYK and LAB become sRGB (through the picture's own profile where it has one,
         which is then spent). Raises ImageError for mode F, whose range is not known.
         """
+        picture.load()  # which turns a TIFF
         if (turn := _turn(picture)) is not None:
             picture = _upright(picture, turn)
         info, mode = _info(picture), picture.mode

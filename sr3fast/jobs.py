@@ -15,8 +15,6 @@ from .evaluation import pictures, stems
 
 __all__ = ["beside", "plan"]
 
-WRITTEN = (".png", ".gif", ".webp")  # results, and traces beside them
-
 
 def plan(
     inputs: Sequence[str],
@@ -29,8 +27,8 @@ def plan(
     A folder's pictures go to FOLDER<suffix>/NAME.png, other files to NAME<suffix>.png beside them; with `out`, all
     go to out/NAME.png, or one picture to the file `out`.
 
-    A picture that is made of another one here was made by an earlier run, and is no source of this one (a warning says
-    so where it was asked for by its own name); where there is an `out`, one that was asked for by its own name is.
+    A picture that is made of another one here was made by an earlier run, and is no source of this one, which a warning
+    says; where there is an `out`, one that was asked for by its own name is.
 
     Raises ValueError where there is nothing, where `out` is a file for several pictures or of no format, and where a
     file would be written over a source or another result.
@@ -49,15 +47,21 @@ def plan(
         made_of[_place(result).with_suffix("")].add(source)
 
     def is_earlier(p: Path) -> bool:
-        if p.suffix not in WRITTEN or (out is not None and p in by_name):
+        if out is not None and p in by_name:
             return False
         name = _place(p).with_suffix("")
-        alone = name.with_name(re.sub(r"-(\d+|mean|std|trace)$", "", name.name))
-        return bool((made_of[name] | made_of[alone]) - {p})
+        if p.suffix == ".png" and made_of[name] - {p}:
+            return True
+        beside = re.fullmatch(r"(.+)-(\d+|mean|std|trace)", name.name)
+        if beside is None or p.suffix not in ((".png", ".gif", ".webp") if beside[2] == "trace" else (".png",)):
+            return False
+        # holiday-1.png may be anybody's, where a result has no other mark
+        told = out is None or p.with_name(f"{beside[1]}-mean.png").exists() or beside[2] == "trace"
+        return told and bool(made_of[name.with_name(beside[1])] - {p})
 
-    if named := sorted(p for p in files if p in by_name and is_earlier(p)):
-        more = f" and {len(named) - 1} more" if len(named) > 1 else ""
-        warnings.warn(f"left out, as an earlier run's: {named[0]}{more} (with --out they are taken)", stacklevel=2)
+    if earlier := sorted(p for p in (*files, *folders) if is_earlier(p)):
+        more = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
+        warnings.warn(f"left out, as made by an earlier run: {earlier[0]}{more}", stacklevel=2)
     files = [p for p in files if not is_earlier(p)]
     names = stems([(out or p.parent) / p.name for p in files])
     jobs = {source: result for source, result in folders.items() if not is_earlier(source)}

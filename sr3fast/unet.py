@@ -13,7 +13,6 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -307,7 +306,7 @@ def check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"dropout must be in [0, 1): got {config['dropout']}")
 
 
-_evaluated: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many are inside `evaluation_mode`
+_evaluated: dict[int, int] = {}  # id of a module -> how many are inside `evaluation_mode` with it
 _evaluated_lock = threading.Lock()
 
 
@@ -316,16 +315,16 @@ def evaluation_mode(f_theta: Any) -> Iterator[None]:
     """No dropout inside, and every submodule's mode as it was outside, also where several overlap."""
     modules = list(f_theta.modules()) if isinstance(f_theta, nn.Module) else []
     with _evaluated_lock:
-        ours = [m for m in modules if m.training or m in _evaluated]
+        ours = [m for m in modules if m.training or id(m) in _evaluated]
         for module in ours:
-            _evaluated[module] = _evaluated.get(module, 0) + 1
+            _evaluated[id(module)] = _evaluated.get(id(module), 0) + 1
             module.training = False
     try:
         yield
     finally:
         with _evaluated_lock:
             for module in ours:
-                _evaluated[module] -= 1
-                if not _evaluated[module]:
-                    del _evaluated[module]
+                _evaluated[id(module)] -= 1
+                if not _evaluated[id(module)]:
+                    del _evaluated[id(module)]
                     module.training = True

@@ -352,8 +352,8 @@ class _TiledRun:
         calls = math.ceil(len(self.windows) / most)
         self.batch = math.ceil(len(self.windows) / calls)
         self.x = x
-        self.into = torch.empty(tuple(shape), device=device)
-        self.eps_hat = torch.empty(tuple(shape), device=device)
+        self.into = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+        self.eps_hat = torch.empty_like(self.into)
         first = None if x is None else x.new_empty(self.batch, x.shape[1], h, w)
         self.run = tiled.network.start_run(first, (self.batch, C, h, w), levels)
 

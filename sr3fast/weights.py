@@ -94,11 +94,6 @@ class Model:
             raise ValueError(f"scale must be at least 1: got {self.scale}")
         if (self.level == "t") != (self.unet.variant == "ddpm"):
             raise ValueError(f"a {self.unet.variant} network is not conditioned on level={self.level!r}")
-        if not isinstance(self.card, dict):
-            raise ValueError(f"a card is a dict: got {self.card!r}")
-        for name, kind in CARD.items():
-            if not isinstance(self.card.get(name), kind | None):
-                raise ValueError(f"a card's {name} must be of type {kind.__name__}: got {self.card[name]!r}")
 
 
 # ------------------------------------------------------------------------------------------- folders
@@ -143,7 +138,13 @@ def describe(model: Model) -> dict[str, Any]:
 
 
 def described(config: Mapping[str, Any], unet: UNet) -> Model:
-    """The model of `describe`, around its network."""
+    """The model of `describe`, around its network. ValueError: a card that no upscaler can read."""
+    card = config["card"]
+    if not isinstance(card, dict):
+        raise ValueError(f"a card is a dict: got {card!r}")
+    for name, kind in CARD.items():
+        if not isinstance(card.get(name), kind | None):
+            raise ValueError(f"a card's {name} must be of type {kind.__name__}: got {card[name]!r}")
     schedule, target = Schedule.from_config(config["schedule"]), Target(**config["target"])
     return Model(unet, schedule, target, config["scale"], config["level"], config["card"])
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,7 +203,7 @@ def test_what_an_earlier_run_made_is_no_source(here):
         picture(name)
     options = Upscale(inputs=(), samples=2)
     a = (Path("a.png"), Path("a-x4.png"))
-    with pytest.warns(UserWarning, match=r"left out, as an earlier run's: a-x4-1\.png and 1 more \(with --out"):
+    with pytest.warns(UserWarning, match=r"left out, as made by an earlier run: a-x4-1\.png and 1 more$"):
         assert plan(["a.png", "a-x4.png", "a-x4-1.png"], None, "-x4") == [a]
     picture("a-x4-mean.png")
     Path("a-x4.png").unlink()
@@ -291,6 +292,14 @@ def test_what_earlier_runs_made_in_a_folder_is_no_source(here):
     picture("many/h.jpg")
     again = [(Path("many/h.jpg"), Path("many/h.png"))]
     assert plan(["many"], Path("many"), "-x4") == again
+    picture("trip/holiday.jpg")
+    for name in ("holiday-1.png", "holiday.webp", "holiday.gif"):  # anybody's
+        picture(f"trip/{name}")
+        with (
+            pytest.raises(ValueError, match=f"is trip/{name} or made of it") if name.endswith("png") else nullcontext()
+        ):
+            assert len(plan(["trip"], Path("trip"), "-x4")) == 2
+        Path(f"trip/{name}").unlink()
     picture("many/h.png")
     assert [source for source, _ in plan(["many"], Path("many"), "-x4")] == [Path("many/h.jpg")]
 
@@ -432,12 +441,15 @@ def test_train_resumes_with_the_options_that_the_run_began_with(here, capsys):
     assert main(["train", "--resume", "--out=moved", "--iterations", "3", "--workers", "1"]) == 0
     state = torch.load("moved/checkpoint.pt", weights_only=True)
     assert state["iteration"] == 3
-    assert state["config"] == first | {"resume": True, "out": "moved", "iterations": 3, "workers": 1}
+    assert state["config"] == first | {"resume": True, "out": str(here / "moved"), "iterations": 3, "workers": 1}
     assert main([*begin[:4], "moved", *begin[5:], "--iterations", "3", "--resume"]) == 0  # all of them again
     capsys.readouterr()
     assert main(["train", "--out", "moved", "--resume", "--batch-size", "2", "--p", "1", "--bf16", "--lr", "1"]) == 2
     told = "was trained with batch_size=1, not 2, p=2, not 1: give the same, as sr3fast.training.resumed has it"
     assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", "--out"])
+    assert "__main__.py" not in capsys.readouterr().err
     assert main(["train", "--out", "none", "--resume"]) == 2
     assert "nothing to resume: none/checkpoint.pt does not exist" in capsys.readouterr().err
 
@@ -628,6 +640,10 @@ def test_a_reader_that_goes_away(here, folder):
         os.close(write)
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert torch.load("run/checkpoint.pt", weights_only=True)["iteration"] == 3
+    code = f"import sys; sys.stdout = None; {script}"  # as with >&-
+    arguments = ["train", "--resume", "--out", "run", "--iterations", "4", "--log-every", "1"]
+    done = subprocess.run([sys.executable, "-P", "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_empty_file(here, folder, capsys):

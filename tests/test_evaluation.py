@@ -239,6 +239,13 @@ def test_bits_are_of_what_the_network_takes_as_it_is(tmp_path, upscaler, monkeyp
         assert torch.equal(values[0], image.to_tensor(whole)[:, :20, :32])
 
 
+def test_the_mean_of_samples_is_a_result(tmp_path):
+    for i, name in enumerate(("hr/a", "hr/b", "hr/b-mean", "sr/a-mean", "sr/a-1", "sr/b-mean")):
+        picture(tmp_path / f"{name}.png", seed=i)
+    found = evaluate(tmp_path / "hr", result=tmp_path / "sr", scale=4)
+    assert list(found.scores) == ["a", "b-mean"] and list(found.failed) == [tmp_path / "hr" / "b.png"]
+
+
 def test_bits_are_of_256_levels(tmp_path, upscaler):
     values = torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     image.to_picture(values, 65535).save(tmp_path / "truth.png")

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageCms, JpegImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from sr3fast import image
 
@@ -150,6 +150,34 @@ def test_other_sixteen_bit_modes(mode):
     assert np.array_equal(np.asarray(photo.color), values.astype(np.float32))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png", "tiff"])
+@pytest.mark.parametrize("by", ["exif", "xmp"])
+def test_a_picture_is_turned_once(tmp_path, suffix, by):
+    upright = Image.fromarray(smooth(40, 20))
+    stored, file = upright.transpose(Image.Transpose.ROTATE_90), tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    if by == "xmp" and suffix == "png":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        stored.save(file, pnginfo=info)
+    elif by == "xmp" and suffix == "tiff":
+        stored.save(file, tiffinfo={700: xmp})
+    else:
+        quality = {"lossless": True} if suffix == "webp" else {"quality": 100} if suffix == "jpg" else {}
+        stored.save(file, **({"exif": exif} if by == "exif" else {"xmp": xmp}), **quality)
+    with Image.open(file) as opened:
+        opened.load()
+        expected = ImageOps.exif_transpose(opened)
+    read = image.read(file)
+    photos = image.Photo.read(file), image.Photo.of(Image.open(file)), image.Photo.of(read)
+    for picture in (read, *(photo.color for photo in photos)):
+        assert picture.size == expected.size and picture.convert("RGB").tobytes() == expected.convert("RGB").tobytes()
+    if by == "exif":
+        assert read.size == (20, 40)
+
+
 @pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_a_png_of_16_bits_keeps_them_or_says_so(tmp_path, color_type, channels):
     def chunk(name, data):
@@ -165,7 +193,8 @@ def test_a_png_of_16_bits_keeps_them_or_says_so(tmp_path, color_type, channels):
             warnings.simplefilter("error")
             assert np.array_equal(np.asarray(image.Photo.read(file).color), values[..., 0])
     else:
-        with pytest.warns(UserWarning, match="colours of 16 bits are read as 8, Pillow's way"):
+        image._tell_that_bits_are_lost.cache_clear()
+        with pytest.warns(UserWarning, match="16 bits a channel are read as 8, Pillow's way"):
             photo = image.Photo.read(file)
         assert np.array_equal(np.asarray(photo.color)[..., 0], values[..., 0] >> 8)
 

@@ -361,9 +361,10 @@ def test_an_opened_picture_is_turned_as_its_file_is(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     blobs(6, 4).save(tmp_path / "turned.jpg", exif=exif)
-    of_file = upscale(tmp_path / "turned.jpg", model(), steps=1)
+    net = model()
+    of_file = upscale(tmp_path / "turned.jpg", net, steps=1)
     with Image.open(tmp_path / "turned.jpg") as opened:
-        of_picture = upscale(opened, model(), steps=1)
+        of_picture = upscale(opened, net, steps=1)
         assert opened.size == (6, 4)  # the caller's is as it was
     assert of_file.size == (16, 24) and of_picture.tobytes() == of_file.tobytes()
 
@@ -374,6 +375,7 @@ def test_the_default_dtype_is_the_callers():
     torch.set_default_dtype(torch.float64)
     try:
         assert upscale(source, net, steps=2, dtype=torch.float32).tobytes() == expected.tobytes()
+        assert upscale(blobs(24, 20), net, steps=1, dtype=torch.float32, tile=64).size == (96, 80)
     finally:
         torch.set_default_dtype(torch.float32)
 

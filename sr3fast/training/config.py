@@ -128,7 +128,9 @@ def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration in types that a checkpoint may hold."""
 
     def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        if isinstance(value, Path):  # wherever the run goes on from
+            return str(value.absolute())
+        return list(value) if isinstance(value, tuple) else value
 
     return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
 

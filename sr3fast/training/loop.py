@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ from .. import image
 from ..data import Pictures
 from ..weights import Model
 from .config import TrainConfig, TrainingError, learning_rate
-from .ranks import between_iterations, is_lost_rank, process_group, undisturbed
+from .ranks import Ranks, between_iterations, is_lost_rank, process_group, undisturbed
 from .trainer import CHECKPOINT, EXPORT, Trainer
 from .validation import contact_sheet, validate
 
@@ -57,16 +56,16 @@ def train(
             f"warmup={config.warmup}",
             stacklevel=2,
         )
-    with process_group(config.device), global_state(config.threads):
+    with process_group(config.device), global_state(config):
         return run(config, start, moments)
 
 
 @contextlib.contextmanager
-def global_state(threads: int) -> Iterator[None]:
-    """torch's threads, where the number is not 0; they and its random numbers are the caller's again afterwards."""
-    before = torch.get_num_threads()
-    with torch.random.fork_rng():
-        torch.set_num_threads(threads or before)
+def global_state(config: TrainConfig) -> Iterator[None]:
+    """torch's threads, as many as config says; they and its random numbers are the caller's again afterwards."""
+    before, device = torch.get_num_threads(), Ranks().device(config.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_num_threads(config.threads or before)
         try:
             yield
         finally:
@@ -78,8 +77,8 @@ def run(config: TrainConfig, start: Model | None, moments: dict[str, dict[str, T
     pictures = trainer.pictures(config.data, config.augment)
     held_out = None if config.validation is None else trainer.pictures(config.validation, "none")
     for folder, found in ((config.data, pictures), (config.validation, held_out)):
-        if found is not None and folder is not None:
-            check_apart(Path(config.out), folder, found)
+        if found is not None and folder is not None and not config.resume:
+            check_apart(Path(config.out), Path(folder), found)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     try:
         with between_iterations(trainer.ranks.world) as signals:
@@ -96,8 +95,10 @@ def run(config: TrainConfig, start: Model | None, moments: dict[str, dict[str, T
 
 def check_apart(out: Path, folder: Path, pictures: Pictures) -> None:
     """ValueError where a run lies in a folder whose pictures, with those in its subfolders, are the data."""
-    inside = [Path(path).resolve().is_relative_to(folder.resolve()) for path in (out, pictures.items[0].name)]
-    if all(inside):
+    out, within = out.resolve(), folder.resolve()
+    lists_all = folder.is_dir() and pictures.items[0].source is None
+    hidden = out.is_relative_to(within) and any(part[0] == "." for part in out.relative_to(within).parts)
+    if lists_all and out.is_relative_to(within) and not hidden:
         raise ValueError(f"out must not lie in a folder of pictures, {folder}: its contact sheet would be one")
 
 
@@ -155,12 +156,11 @@ def loop(trainer: Trainer, pictures: Pictures, held_out: Pictures | None, signal
 
 def say(text: str) -> None:
     """A line beside the bar. Where nobody reads it any more, training goes on."""
-    try:
+    if sys.stdout is None:
+        return
+    with contextlib.suppress(OSError):
         tqdm.write(text)
         sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def forget(out: Path, iteration: int) -> None:

@@ -21,8 +21,9 @@ import torch.distributed.nn  # early: its defaults keep for ever the process gro
 
 from ..device import find_device
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 # what ends a run: Ctrl-C, a cluster, a terminal that is closed
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number is not None]
 
 
 @dataclass
@@ -98,7 +99,8 @@ def between_iterations(world: int) -> Iterator[list[int]]:
                 os.write(2, b"\nstopping after this iteration, which will be saved\n")
         signals.append(number)
         for other, handler in handlers.items() if world == 1 else ():
-            signal.signal(other, handler)
+            # a terminal that is closed may say so more than once
+            signal.signal(other, signal.SIG_IGN if other == SIGHUP else handler)
 
     for number in handlers:
         signal.signal(number, note)
@@ -133,5 +135,6 @@ def uninterrupted() -> Callable[[int], None]:
 
 
 def _ignore_signals(ending: Any, worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)

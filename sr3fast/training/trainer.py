@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,9 @@ class Trainer:
         x = to(x).contiguous(memory_format=torch.channels_last)
         picture = to(picture).contiguous(memory_format=torch.channels_last)
         y_0 = self.model.target.encode(picture, x)
-        return x, y_0, to(gamma), to(level), to(seeds), to(torch.tensor(self.iteration))
+        if self.device.type not in noise.WITHOUT_FLOAT64:
+            gamma = to(gamma)
+        return x, y_0, gamma, to(level), to(seeds), to(torch.tensor(self.iteration))
 
     def _loss(
         self,
@@ -305,6 +308,9 @@ def read_checkpoint(config: TrainConfig, world: int) -> dict[str, Any]:
         raise ValueError(
             f"{path} was trained with {got}: give the same, as sr3fast.training.resumed has it, or another --out"
         )
+    for name in ("lr", "warmup", "max_norm", "bf16"):
+        if ours[name] != theirs.get(name):
+            warnings.warn(f"from here on {name}={ours[name]!r}, it was {theirs.get(name)!r}", stacklevel=2)
     if ranks != world:
         raise ValueError(f"{path} was trained on {ranks} ranks, not {world}: start as many")
     return state
@@ -322,7 +328,7 @@ def load_checkpoint(out: str | Path) -> tuple[Path, dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume: {path} does not exist (leave out --resume to start)")
     try:
-        state = load_pickled(path)
+        state = dict(load_pickled(path))
         known = "description" in state
         of_plain(state["config"]), len(state["rng"])
     except (pickle.UnpicklingError, ValueError, LookupError, TypeError) as error:
