@@ -513,6 +513,7 @@ def test_a_signal_saves_first(photographs, tmp_path, number, world):
     body = """
 data, out = map(pathlib.Path, sys.argv[2:])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup to this
 step = Trainer.step
 def told(self, batches):
     loss = step(self, batches)
@@ -531,7 +532,12 @@ train(config(data, out, dropout=0.1, workers=1, iterations=10**6, save_every=10*
         for pid in group:  # as a terminal or a cluster does
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-    output = process.communicate(timeout=100)[0]
+    try:
+        output = process.communicate(timeout=100)[0]
+    finally:
+        for pid in group:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     assert process.returncode == -number if world == 1 else process.returncode, output
     state = checkpoint(tmp_path / "run")
     reached = state["iteration"]
