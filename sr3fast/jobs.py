@@ -52,12 +52,15 @@ def plan(
         name = _place(p).with_suffix("")
         if p.suffix == ".png" and made_of[name] - {p}:
             return True
-        beside = re.fullmatch(r"(.+)-(\d+|mean|std|trace)", name.name)
-        if beside is None or p.suffix not in ((".png", ".gif", ".webp") if beside[2] == "trace" else (".png",)):
+        marked = re.fullmatch(r"(.+)-(\d+|mean|std|trace)", name.name)
+        if marked is None:
+            return False
+        base, mark = marked.groups()
+        if p.suffix not in ((".png", ".gif", ".webp") if mark == "trace" else (".png",)):
             return False
         # holiday-1.png may be anybody's, where a result has no other mark
-        told = out is None or p.with_name(f"{beside[1]}-mean.png").exists() or beside[2] == "trace"
-        return told and bool(made_of[name.with_name(beside[1])] - {p})
+        told = out is None or mark == "trace" or p.with_name(f"{base}-mean.png").exists()
+        return told and bool(made_of[name.with_name(base)] - {p})
 
     if earlier := sorted(p for p in (*files, *folders) if is_earlier(p)):
         more = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
