@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "common/ops.h"
+#include "cpu/conv3x3.h"
 #include "cpu/dispatch.h"
 #if defined(SR3FAST_CUDA)
 #include "cuda/device.h"
@@ -251,6 +252,26 @@ SR3FAST_BIND(cpu)
 SR3FAST_BIND(cuda)
 #endif
 
+void bind_conv3x3(py::module_ m) {
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "conv3x3_pack",
+      [](Array packed, const Tensor& weight) {
+        cpu::conv3x3_pack(packed.data, static_cast<const float*>(weight.data), weight.size[0],
+                          weight.size[1]);
+      },
+      without_gil);
+  m.def("conv3x3_scratch", [](const Tensor& out, const Tensor& h, int threads) {
+    return cpu::conv3x3_scratch(out, h.size[1], threads);
+  });
+  m.def(
+      "conv3x3",
+      [](const Tensor& out, const Tensor& h, Array packed, Array bias, const Tensor& onto, const Exec& exec) {
+        cpu::conv3x3(out, h, packed.data, bias.data, onto, exec);
+      },
+      without_gil);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -260,6 +281,7 @@ PYBIND11_MODULE(_C, m) {
   auto cpu_module = m.def_submodule("cpu");
   bind_cpu(cpu_module);
   cpu_module.def("isa", &cpu::isa);
+  bind_conv3x3(cpu_module);
 #if defined(SR3FAST_CUDA)
   auto cuda_module = m.def_submodule("cuda");
   bind_cuda(cuda_module);

@@ -54,7 +54,7 @@ class Sampling:
     tile: int | None = None
     """Largest side of a window in pixels, 0 for none; by default windows of 512 above 1 megapixel."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the network's arithmetic; by default bfloat16 where the device has it, else float32."""
+    """Of the network's arithmetic; by default bfloat16 where the device is fastest in it, else float32."""
     device: str | None = None
     """cpu, cuda, cuda:1; by default the GPU if there is one."""
     consistency: bool = False

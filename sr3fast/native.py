@@ -60,6 +60,38 @@ class Home:
         self._f.group_norm_silu_backward(*outs, grad, grad_s, mean, rstd, norm, on)
 
 
+class CppHome(Home):
+    """The C++ home, which has a convolution for the engine too."""
+
+    def fast_conv3x3(self) -> bool:
+        """Whether `conv3x3` was measured to be faster than oneDNN's, on this instruction set."""
+        return self._f.isa() != "baseline"
+
+    def conv3x3_pack(self, weight: Tensor) -> Tensor:
+        """weight [N, C, 3, 3], float32, as `conv3x3` reads it."""
+        N, C = weight.shape[:2]
+        packed = weight.new_zeros(-(-N // 32), 36, C, 32)
+        self._f.conv3x3_pack(packed, weight.contiguous())
+        return packed
+
+    def conv3x3_scratch(self, out: Tensor, h: Tensor) -> int:
+        """Floats of scratch memory that the call needs."""
+        return self._f.conv3x3_scratch(out, h, torch.get_num_threads())
+
+    def conv3x3(
+        self,
+        out: Tensor,
+        h: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        onto: Tensor | None,
+        scratch: Tensor,
+    ) -> None:
+        """out = weight * h + bias + onto, of stride 1; all float32, channels_last. See csrc/cpu/conv3x3.h."""
+        on = (torch.get_num_threads(), 0, 0, scratch.data_ptr())
+        self._f.conv3x3(out, h, packed, bias, onto, on)
+
+
 try:
     from ._C import is_plain_step  # type: ignore[attr-defined]
 except ImportError:
@@ -79,10 +111,10 @@ def _module() -> ModuleType:
     return _C
 
 
-def cpp() -> Home:
+def cpp() -> CppHome:
     """The C++ home, for CPU tensors. ImportError says why it is not there."""
     functions = _module().cpu
-    return Home(functions, lambda device: (torch.get_num_threads(), 0, 0, 0), f"{functions.isa()}, OpenMP")
+    return CppHome(functions, lambda device: (torch.get_num_threads(), 0, 0, 0), f"{functions.isa()}, OpenMP")
 
 
 def cuda() -> Home:

@@ -73,8 +73,8 @@ def upscale(
             tells (level INFO).
         tile: the largest side of a window, 0 for the whole picture at once; by default windows of at most 512
             where the result has more than 2^20 pixels.
-        dtype: of the network's arithmetic; by default bfloat16 where the device has it, else float32 (results of the
-            two differ by about a level of 255). y_t is float32.
+        dtype: of the network's arithmetic; by default bfloat16 where the device is fastest in it, else float32
+            (results of the two differ by about a level of 255). y_t is float32.
         device: by default where a Model's parameters are, else the GPU if there is one. A Model is moved there.
         consistency: add up(source - down(y_0)), so that the result shrinks to the source.
         samples: draw this many, with seeds seed, seed + 1, ...; a Spread is returned.

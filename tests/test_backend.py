@@ -128,7 +128,7 @@ def test_other_instruction_sets(isa):
     code = "import torch; from sr3fast import _C\ntry: print(_C.cpu.isa())\nexcept ValueError: print('none')"
     if python(code, SR3FAST_ISA=isa) == "none":
         pytest.skip(f"this machine or build has no {isa}")
-    files = [str(TESTS / f"test_{name}.py") for name in ("noise", "ops_steps", "ops_norm")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("noise", "ops_steps", "ops_norm", "conv3x3")]
     command = [
         sys.executable,
         "-P",
@@ -139,7 +139,7 @@ def test_other_instruction_sets(isa):
         "-p",
         "no:cacheprovider",
         "-k",
-        "cpp-cpu",
+        "cpp-cpu or conv3x3",
         *files,
     ]
     env = {**os.environ, "SR3FAST_ISA": isa}

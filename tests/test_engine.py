@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sr3fast import backend, contract, ops
-from sr3fast.engine import Engine, Form, capture, gpu
+from sr3fast.engine import Engine, Form, capture, gpu, winograd
 from sr3fast.engine import run as engine_run
 from sr3fast.engine.capture import Captures
-from sr3fast.engine.convolution import transposed_weight
+from sr3fast.engine.convolution import packs, transposed_weight
 from sr3fast.engine.engine import KEPT
 from sr3fast.engine.tuned import Tuned, choosing
 from sr3fast.sampler import Sampler, network
@@ -42,7 +42,7 @@ SCHEDULE = Schedule.named("linear", T=2000, start=1e-6, end=1e-2)
 LEVELS = torch.tensor([0.1, 0.5, 0.9])
 CPU = torch.device("cpu")
 NAMES = [field.name for field in dataclasses.fields(Form)]
-CUDA_FORM = dataclasses.replace(Form(), prepacked=False)
+CUDA_FORM = dataclasses.replace(Form(), prepacked=False, winograd=False)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def rms(t):
 @pytest.fixture
 def on_cpu_as_on_cuda(monkeypatch):
     """What applies on a GPU, on the CPU: plain convolutions, sums in norms and products, padded channels."""
-    monkeypatch.setattr(Form, "on", lambda form, device, dtype: dataclasses.replace(form, prepacked=False))
+    monkeypatch.setattr(Form, "on", lambda form, *_: dataclasses.replace(form, prepacked=False, winograd=False))
 
 
 # ---------------------------------------------------------------------------------- the same function
@@ -126,6 +126,7 @@ CONFIGS = {
     "attention everywhere": {"attention": (8, 16, 32)},
     "equal widths": {"multipliers": (1, 1, 1), "attention": (16,)},
     "three blocks": {"blocks": 3, "groups": 8},
+    "wide": {"channels": 32, "multipliers": (1, 2)},
 }
 
 
@@ -141,6 +142,26 @@ def test_every_network(config, gpu, request):
     for i in (2, 0, 1):
         run.into.copy_(y)
         assert (run(i) - plain(net, x, y, levels[i])).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(winograd.kernels() is None or not packs(torch.float32), reason="needs the C++ kernels and oneDNN")
+def test_minimal_filtering_where_it_pays():
+    net = unet(channels=32, multipliers=(1, 2))
+
+    def weights(*sizes, **options):
+        engine = Engine(net, **options)
+        for size in sizes:
+            run_once(engine, *images(net, 1, *size))
+        return len(engine._packed)
+
+    small, large = weights((16, 16)), weights((32, 32))
+    assert 0 < small < large
+    assert weights((16, 16), (32, 32), (32, 40)) == large  # shapes share them
+    assert weights((8, 8)) == weights((128, 2)) == 0  # few tiles, thin ones
+    assert weights((32, 32), dtype=torch.bfloat16) == 0
+    assert weights((32, 32), form=dataclasses.replace(Form(), winograd=False)) == 0
+    with backend.use("torch"):
+        assert weights((32, 32)) == 0
 
 
 def test_bfloat16_and_float16_weights():
@@ -713,7 +734,7 @@ def as_on_a_gpu(graph):
     for module, name in ((kernels.conv, "conv2d"), (kernels.conv, "add"), (kernels.attention, "attention")):
         real = getattr(module, name)
         setattr(module, name, lambda *args, f=real, n=name: (launched.append(n), f(*args))[1])
-    Form.on = lambda form, device, dtype: dataclasses.replace(form, prepacked=False)
+    Form.on = lambda form, device, dtype: dataclasses.replace(form, prepacked=False, winograd=False)
     gpu.kernels = lambda device: kernels
     gpu.processors = lambda device: 1
     kernels.conv.plan = lambda M, N, channels, *_: kernels.conv.Plan(64, 32, 32, 4, 2, 1 + len(channels))

@@ -25,7 +25,7 @@ FLOORS = [
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 # of a package's modules, each imports only those before it
 INSIDE = {
-    "engine": ("gpu", "convolution", "form", "tuned", "blocks", "network", "capture", "run", "engine"),
+    "engine": ("gpu", "convolution", "winograd", "form", "tuned", "blocks", "network", "capture", "run", "engine"),
     "compat/janspiry": ("names", "configs", "checkpoint", "sampling"),
     "training": ("algorithm", "config", "model", "ranks", "trainer", "validation", "loop"),
 }

@@ -183,7 +183,7 @@ def test_the_result_is_the_samplers_own():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_dtype_is_what_the_device_is_fast_in(fast, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast, raising=False)
     picture, m = blobs(11, 9), model()
     expected = upscale(picture, m, dtype=torch.bfloat16 if fast else torch.float32)
     other = upscale(picture, m, dtype=torch.float32 if fast else torch.bfloat16)

@@ -6,15 +6,20 @@
 #include <string>
 
 #include "../common/ops.h"
+#include "conv3x3.h"
 
-#define SR3FAST_EACH_OP(X) \
-  X(noise) X(refine) X(solver_step) X(q_sample) X(group_norm_silu) X(group_norm_silu_backward)
+#define SR3FAST_EACH_OP(X)                                                                  \
+  X(noise)                                                                                  \
+  X(refine)                                                                                 \
+  X(solver_step) X(q_sample) X(group_norm_silu) X(group_norm_silu_backward) X(conv3x3_pack) \
+      X(conv3x3_scratch) X(conv3x3)
 
 namespace sr3fast::cpu {
 
 #define SR3FAST_DECLARE_ISA(isa) \
   namespace isa {                \
   SR3FAST_DECLARE_OPS;           \
+  SR3FAST_DECLARE_CONV3X3;       \
   }
 
 #if defined(SR3FAST_X86)
@@ -89,6 +94,18 @@ void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbia
                               Tensor grad_s, const float* mean, const float* rstd, const Norm& norm,
                               Exec exec) {
   table().group_norm_silu_backward(dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd, norm, exec);
+}
+
+void conv3x3_pack(float* packed, const float* weight, int64_t N, int64_t C) {
+  table().conv3x3_pack(packed, weight, N, C);
+}
+
+int64_t conv3x3_scratch(const Tensor& out, int64_t channels, int threads) {
+  return table().conv3x3_scratch(out, channels, threads);
+}
+
+void conv3x3(Tensor out, Tensor h, const float* packed, const float* bias, Tensor onto, Exec exec) {
+  table().conv3x3(out, h, packed, bias, onto, exec);
 }
 
 }  // namespace sr3fast::cpu

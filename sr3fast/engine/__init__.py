@@ -10,7 +10,7 @@ its tensor (a residual too, as `blocks.PendingSum`) until a norm adds it in pass
 depend on y_t is done once: x lies in the network's input, the noise embeddings of all levels are a table, the
 weights are packed.
 
-Imports go one way: gpu, convolution, form and tuned, blocks, network, capture, run, engine.
+Imports go one way: gpu, convolution and winograd, form and tuned, blocks, network, capture, run, engine.
 """
 
 from .engine import Engine, refusal

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..unet import Attention, Downsample, ResnetBlock, Upsample
-from . import gpu
+from . import gpu, winograd
 from .convolution import (
     Apart,
     Conv,
@@ -34,6 +34,7 @@ from .convolution import (
 )
 from .form import Form
 from .tuned import Tuned
+from .winograd import Scratch, Winograd
 
 
 class PendingSum(NamedTuple):
@@ -200,7 +201,10 @@ class Builder:
         widths: int,
         packed: dict[Any, Any],
     ):
-        self.form, self.dtype, self.packed = form, dtype, packed
+        self.form, self.dtype = form, dtype
+        self.packed = packed  # what any shape can use
+        self.layers = {} if form.prepacked else packed
+        self.scratch = Scratch()
         self.B, self.size = shape[0], tuple(shape[2:])
         self.shifts = torch.zeros(shape[0] * widths, dtype=torch.float32, device=device)
         self.blocks: list[ResnetBlock] = []
@@ -246,6 +250,9 @@ class Builder:
         return self.conv_of(id(conv), conv.weight, given, conv.stride[0])
 
     def conv_of(self, key: Any, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Any:
+        if self.form.winograd and stride == 1 and winograd.pays(weight, self.B, self.size):
+            fast = self.winograd(key, weight, bias)
+            return fast if self.form.fused_residual else Apart(fast)
         make: Any = PackedConv if self.form.prepacked else Conv
         if self.form.fused_residual and self.form.channels_last and not self.form.prepacked:
             make = Product if weight.shape[-1] == 1 else Conv
@@ -253,17 +260,23 @@ class Builder:
         size = self.size
         if narrow:
             key, weight, size = (key, "turned"), weight.transpose(2, 3), self.size[::-1]
-        if (conv := self.packed.get(key)) is None:
+        if (conv := self.layers.get(key)) is None:
             weight = weight.detach().to(self.dtype, copy=True, memory_format=self.layout)
             bias = None if bias is None else bias.detach().to(self.dtype, copy=True)
             conv = make(weight, bias, (self.B, weight.shape[1], *size), stride)
             if narrow:
-                conv = self.packed[key] = Turned(conv)
+                conv = self.layers[key] = Turned(conv)
                 return conv
             conv.one_pass = self.one_pass
             conv = conv if self.form.fused_residual else Apart(conv)
-            conv = self.packed[key] = Tuned(conv) if self.tuned and weight.shape[-1] == 3 else conv
+            conv = self.layers[key] = Tuned(conv) if self.tuned and weight.shape[-1] == 3 else conv
         return conv
+
+    def winograd(self, key: Any, weight: Tensor, bias: Tensor | None) -> Winograd:
+        if (packed := self.packed.get((key, "winograd"))) is None:
+            packed = self.packed[key, "winograd"] = winograd.kernels().conv3x3_pack(weight.detach().float())
+        bias = None if bias is None else held(bias)
+        return Winograd(packed, len(weight), bias, self.scratch)
 
     def down(self, layer: Downsample) -> tuple[Any, Part]:
         conv = self.conv(layer.conv, bias=not self.form.late_bias)
@@ -276,7 +289,7 @@ class Builder:
         self.size = tuple(2 * n for n in self.size)
         if not self.form.upsample:
             return UpsampleConv(self.conv(conv, bias=not self.form.late_bias)), self.part(conv)
-        if (up := self.packed.get(key)) is None:
+        if (up := self.layers.get(key)) is None:
             weight = transposed_weight(conv.weight.detach()).to(self.dtype)
             bias = None if self.form.late_bias else conv.bias.detach().to(self.dtype, copy=True)  # type: ignore[union-attr]
             if self.form.prepacked:
@@ -284,7 +297,7 @@ class Builder:
             else:
                 up = TransposedUpsample(weight.contiguous(memory_format=self.layout), bias)
             up.one_pass = self.one_pass
-            up = self.packed[key] = Tuned(up) if self.tuned else up
+            up = self.layers[key] = Tuned(up) if self.tuned else up
         return up, self.part(conv)
 
     def part(self, conv: nn.Conv2d) -> Part:

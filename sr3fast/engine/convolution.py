@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class PackedConv(Conv):
 class Apart:
     """A convolution whose sum is a pass of its own."""
 
-    def __init__(self, conv: Conv):
+    def __init__(self, conv: Callable[[Tensor], Tensor]):
         self.conv = conv
 
     def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False) -> Tensor:

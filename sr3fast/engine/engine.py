@@ -67,7 +67,7 @@ class Engine:
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._idle: list[Network] = []  # the last used last
-        self._packed: dict[Any, Any] = {}  # layers that any shape can use
+        self._packed: dict[Any, Any] = {}  # layers and weights that any shape can use
         self._version: Any = None
         self._values: Tensor | None = None
         self._captures = Captures()
@@ -145,8 +145,7 @@ class Engine:
                 self._idle.remove(network)
             else:
                 form = self.form.on(device, dtype)
-                packed = {} if form.prepacked else self._packed
-                network = Network(self.unet, form, dtype, device, shape, packed)
+                network = Network(self.unet, form, dtype, device, shape, self._packed)
                 network.version = self._version
             if device.type == "cuda":
                 stream = torch.cuda.current_stream(device)

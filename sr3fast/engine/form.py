@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import winograd
 from .convolution import packs
 
 
@@ -22,6 +23,7 @@ class Form:
     fused_residual    the residual sum is part of a convolution (CPU, 1x1) or of the next norm (CUDA)
     prepacked         CPU: weights in the blocked layout that oneDNN wants for this shape
     upsample          nearest neighbour + 3x3 as one transposed 4x4 of stride 2: 4/9 of the products
+    winograd          CPU, float32: 3x3 convolutions by minimal filtering, a quarter of the products
     padded_channels   CUDA: input and output channels are a multiple of 8, for the tensor cores
     tuned             CUDA: by Triton, a bias and a residual in one pass, attention of few positions (half precision)
                       and, in a captured step, convolutions of few positions where that is faster (bfloat16); where
@@ -36,6 +38,7 @@ class Form:
     fused_residual: bool = True
     prepacked: bool = True
     upsample: bool = True
+    winograd: bool = True
     padded_channels: bool = True
     tuned: bool = True
 
@@ -48,6 +51,7 @@ class Form:
         """What of it applies there."""
         on_cpu, on_cuda = device.type == "cpu", device.type == "cuda"
         prepacked = self.prepacked and self.channels_last and on_cpu and packs(dtype)
+        in_winograd = self.winograd and self.channels_last and on_cpu and dtype == torch.float32
         return dataclasses.replace(
             self,
             # one pass fewer only where the norm is fused; pairs are read by the fused norm
@@ -55,6 +59,7 @@ class Form:
             no_cat=self.no_cat and self.fused_norms,
             upsample=self.upsample and (prepacked or on_cuda),  # plain on a CPU it is slower
             prepacked=prepacked,
+            winograd=in_winograd and winograd.kernels() is not None,
             padded_channels=self.padded_channels and on_cuda,
             tuned=self.tuned and self.channels_last and on_cuda,
         )
