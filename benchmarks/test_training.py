@@ -44,7 +44,7 @@ def trainer(low: bool, capture: bool = False, batch: int = BATCH) -> Trainer:
             batch_size=batch,
             crop=SIZE,
             device=DEVICE.type,
-            bf16=low,
+            dtype="bfloat16" if low else "float32",
             capture=capture,
             **NETWORK,
         )

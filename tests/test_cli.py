@@ -433,7 +433,8 @@ def test_train_begins_with_weights_that_say_what_it_is(here, folder, capsys):
 
 def test_train_resumes_with_the_options_that_the_run_began_with(here, capsys):
     picture("in/a.png", (32, 32))
-    options = ["--channels", "8", "--multipliers", "1", "2", "--blocks", "1", "--no-bf16", "--betas", "0.5", "0.9"]
+    options = ["--channels", "8", "--multipliers", "1", "2", "--blocks", "1", "--betas", "0.5", "0.9"]
+    options += ["--dtype", "float32"]
     begin = ["train", "--data", "in", "--out", "run", "--crop", "16", *SMALL, *options]
     assert main(begin) == 0
     first = torch.load("run/checkpoint.pt", weights_only=True)["config"]
@@ -444,7 +445,8 @@ def test_train_resumes_with_the_options_that_the_run_began_with(here, capsys):
     assert state["config"] == first | {"resume": True, "out": str(here / "moved"), "iterations": 3, "workers": 1}
     assert main([*begin[:4], "moved", *begin[5:], "--iterations", "3", "--resume"]) == 0  # all of them again
     capsys.readouterr()
-    assert main(["train", "--out", "moved", "--resume", "--batch-size", "2", "--p", "1", "--bf16", "--lr", "1"]) == 2
+    other = ["--batch-size", "2", "--p", "1", "--dtype", "bfloat16", "--lr", "1"]
+    assert main(["train", "--out", "moved", "--resume", *other]) == 2
     told = "was trained with batch_size=1, not 2, p=2, not 1: give the same, as sr3fast.training.resumed has it"
     assert told in capsys.readouterr().err
     with pytest.raises(SystemExit):

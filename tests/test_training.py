@@ -109,7 +109,7 @@ def test_learning_rate_rises_and_falls(photographs, tmp_path):
 
 
 def test_accumulation_equals_one_batch_and_ema_follows(photographs, tmp_path):
-    whole, parts = (Trainer(config(photographs, tmp_path, accumulate=n, dropout=0.0, bf16=False)) for n in (1, 4))
+    whole, parts = (Trainer(config(photographs, tmp_path, accumulate=n, dropout=0.0, dtype="float32")) for n in (1, 4))
     average = [p.detach().clone() for p in whole.averaged.parameters()]
     losses = []
     for trainer in (whole, parts):
@@ -122,7 +122,7 @@ def test_accumulation_equals_one_batch_and_ema_follows(photographs, tmp_path):
     for a, b in zip(whole.unet.parameters(), parts.unet.parameters(), strict=True):
         assert (a - b).abs().max() < 1e-4 < SMALL["lr"]
     # after one iteration decay is 2/11, after the second 3/12
-    first = Trainer(config(photographs, tmp_path, dropout=0.0, bf16=False))
+    first = Trainer(config(photographs, tmp_path, dropout=0.0, dtype="float32"))
     first.step(first.batches(first.pictures(photographs, "flip")))
     for e, p1, p2, got in zip(
         average, first.unet.parameters(), whole.unet.parameters(), whole.averaged.parameters(), strict=True
@@ -249,10 +249,10 @@ train(config(data, out, dropout=0.1, iterations=10**6, save_every=1))
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(photographs, tmp_path):
-    train(config(photographs, tmp_path / "one", dropout=0.0, bf16=False, batch_size=8, log_every=1))
+    train(config(photographs, tmp_path / "one", dropout=0.0, dtype="float32", batch_size=8, log_every=1))
     body = """
 data, out = map(pathlib.Path, sys.argv[2:])
-train(config(data, out, dropout=0.0, bf16=False, log_every=1))
+train(config(data, out, dropout=0.0, dtype="float32", log_every=1))
 # a thread of the process group that outlives the interpreter aborts it, now and then
 threads = [comm.read_text() for comm in pathlib.Path("/proc/self/task").glob("*/comm")]
 assert not any("gloo" in name for name in threads), threads
@@ -322,7 +322,7 @@ def test_an_infinite_gradient_stops_and_changes_nothing(photographs, tmp_path):
     trainer.step(batches)
     trainer.parameters[0].register_hook(lambda gradient: gradient * math.inf)
     before = [p.detach().clone() for p in (*trainer.parameters, *trainer.averaged.parameters())]
-    with pytest.raises(TrainingError, match=r"the gradient's norm is (inf|nan) at iteration 1: .* --no-bf16, anew$"):
+    with pytest.raises(TrainingError, match=r"norm is (inf|nan) at iteration 1: .* --dtype float32, anew$"):
         trainer.step(batches)
     now = (*trainer.parameters, *trainer.averaged.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
@@ -405,11 +405,22 @@ def test_full_disk_leaves_the_last_checkpoint(photographs, tmp_path):
 
 def test_what_may_save_a_run_may_change_when_it_goes_on(photographs, tmp_path):
     train(config(photographs, tmp_path, iterations=2))
+    given = {"lr": 1e-5, "warmup": 1, "max_norm": 0.1, "dtype": "bfloat16"}
     with pytest.warns(UserWarning) as told:
-        train(config(photographs, tmp_path, iterations=3, resume=True, lr=1e-5, warmup=1, max_norm=0.1, bf16=True))
+        train(config(photographs, tmp_path, iterations=3, resume=True, **given))
     said = " ".join(str(w.message) for w in told)
     assert "from here on lr=1e-05, it was 0.002" in said and "from here on max_norm=0.1, it was" in said
     assert checkpoint(tmp_path)["optimizer"]["param_groups"][0]["lr"] == 1e-5
+
+
+def test_the_dtype_is_what_the_device_is_fast_in(photographs, tmp_path, monkeypatch):
+    for fast in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr("sr3fast.training.trainer.fast_dtype", lambda device, fast=fast: fast)
+        trainer = Trainer(config(photographs, tmp_path))
+        dtypes = set()
+        trainer.unet.conv_out.register_forward_hook(lambda *args, seen=dtypes: seen.add(args[-1].dtype))
+        trainer.step(trainer.batches(trainer.pictures(photographs, "flip")))
+        assert dtypes == {fast}
 
 
 def test_a_run_may_not_lie_among_its_pictures(photographs, tmp_path):

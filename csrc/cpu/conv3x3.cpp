@@ -3,8 +3,8 @@
 // the sum as it is written takes 144.
 //
 //   F(4, 3): y = A^T ((G g) * (B^T d)), 6 values d and 3 weights g to 4 results y; in two dimensions once
-//   along each. A, B, G evaluate and interpolate polynomials at 0, +-3/4, +-3/2 and infinity: these are exact
-//   in binary, and round half as much as 0, +-1, +-2.
+//   along each. A, B, G evaluate and interpolate polynomials at 0, +-11/16, +-3/2 and infinity. Their powers
+//   are exact in binary, and rounding errors come out half as large as with the usual 0, +-1, +-2.
 //
 // A thread takes a block of tiles: their windows go to 36 matrices V [tiles, C], which the products with the
 // weights U [C, 32] take to M [tiles, 32], 32 output channels at a time, and those to results. V and M
@@ -25,9 +25,8 @@ constexpr int kVectors = 2;                   // of columns, in a product's regi
 constexpr int kRows = kLanes == 16 ? 14 : 6;  // tiles, most in a product's registers
 constexpr int64_t kMostTiles = 32;            // of a block
 constexpr int64_t kLeastTiles = 16;
-constexpr int64_t kDepth =
-    256;  // channels of a product: U's part stays in the first-level cache, sums stay short
-constexpr int64_t kApart = 16;  // floats between the 36 matrices, which would else share few sets of a cache
+constexpr int64_t kDepth = 256;  // channels of a product: short sums, of a U in the first-level cache
+constexpr int64_t kApart = 16;   // floats between the 36 matrices, which would else share few sets of a cache
 
 constexpr float kA = 0.6875f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 

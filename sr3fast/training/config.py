@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "t_per": ("sample", "batch"),
     "p": (1, 2),
     "optimizer": tuple(OPTIMIZERS),
+    "dtype": (None, "bfloat16", "float32"),
     "augment": ("none", "flip", "dihedral"),
 }
 # whole numbers, and the least that each may be
@@ -79,7 +80,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches an iteration
     max_norm: float = 1.0  # of the gradient; 0: no clipping
     ema: float = 0.9999  # decay at most; (1 + i) / (10 + i) while that is less
-    bf16: bool = True  # autocast; parameters, statistics of norms and the loss stay float32
+    dtype: str | None = None  # bfloat16, of products alone (autocast), or float32; by default what is faster there
 
     augment: str = "flip"  # none, flip, dihedral
     workers: int = 0  # processes that load data

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from .. import image, noise
 from ..data import Order, Pictures, open_items
+from ..device import fast_dtype
 from ..unet import UNet
 from ..weights import Model, describe, described, load_pickled, save
 from .algorithm import denoising_loss, p_gamma
@@ -30,7 +31,7 @@ from .ranks import Ranks, uninterrupted
 CHECKPOINT, EXPORT = "checkpoint.pt", "model"
 
 # what may differ between a run and its resumption
-FREE = {"data", "out", "resume", "iterations", "lr", "warmup", "cooldown", "max_norm", "bf16"}
+FREE = {"data", "out", "resume", "iterations", "lr", "warmup", "cooldown", "max_norm", "dtype"}
 FREE |= {"save_every", "log_every", "device", "workers"}
 FREE |= {"threads", "compile", "capture", "tensorboard", "validation", "validate_every", "validation_steps"}
 
@@ -52,6 +53,7 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.iteration = config, Ranks(), 0
         self.device = self.ranks.device(config.device)
+        self.dtype = fast_dtype(self.device) if config.dtype is None else getattr(torch, config.dtype)
         if config.resume and (start is not None or moments is not None):
             raise ValueError("a resumed run has its checkpoint's weights: leave out start (--init), or resume")
         state = read_checkpoint(config, self.ranks.world) if config.resume else None
@@ -127,7 +129,7 @@ class Trainer:
             written = (Path(config.out) / CHECKPOINT).exists()
             raise TrainingError(
                 f"{what} at iteration {self.iteration}: try a smaller --lr (now {config.lr:g}), a longer --warmup, or "
-                f"--no-bf16, {'with --resume, from the last checkpoint, or anew' if written else 'anew'}"
+                f"--dtype float32, {'with --resume, from the last checkpoint, or anew' if written else 'anew'}"
             )
         self.optimizer.step()
         self.iteration += 1
@@ -175,7 +177,7 @@ class Trainer:
         source = x if unet.in_channels > unet.out_channels else None
         wait = contextlib.nullcontext() if last or self.ranks.world == 1 else self.synchronised.no_sync()  # type: ignore[operator]
         with wait:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 loss = denoising_loss(self.f_theta, source, y_0, gamma, level, seeds, iteration, config.p)
             loss = loss / config.accumulate
             loss.backward()
@@ -308,7 +310,7 @@ def read_checkpoint(config: TrainConfig, world: int) -> dict[str, Any]:
         raise ValueError(
             f"{path} was trained with {got}: give the same, as sr3fast.training.resumed has it, or another --out"
         )
-    for name in ("lr", "warmup", "max_norm", "bf16"):
+    for name in ("lr", "warmup", "max_norm", "dtype"):
         if ours[name] != theirs.get(name):
             warnings.warn(f"from here on {name}={ours[name]!r}, it was {theirs.get(name)!r}", stacklevel=2)
     if ranks != world:
