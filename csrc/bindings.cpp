@@ -256,9 +256,9 @@ void bind_conv3x3(py::module_ m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   m.def(
       "conv3x3_pack",
-      [](Array packed, const Tensor& weight) {
-        cpu::conv3x3_pack(packed.data, static_cast<const float*>(weight.data), weight.size[0],
-                          weight.size[1]);
+      [](Array packed, const Tensor& weight, int threads) {
+        cpu::conv3x3_pack(packed.data, static_cast<const float*>(weight.data), weight.size[0], weight.size[1],
+                          threads);
       },
       without_gil);
   m.def("conv3x3_scratch", [](const Tensor& out, const Tensor& h, int threads) {

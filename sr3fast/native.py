@@ -70,13 +70,9 @@ class CppHome(Home):
     def conv3x3_pack(self, weight: Tensor) -> Tensor:
         """weight [N, C, 3, 3], float32, as `conv3x3` reads it."""
         N, C = weight.shape[:2]
-        packed = weight.new_zeros(-(-N // 32), 36, C, 32)
-        self._f.conv3x3_pack(packed, weight.contiguous())
+        packed = weight.new_empty(-(-N // 32), 36, C, 32)
+        self._f.conv3x3_pack(packed, weight.contiguous(), torch.get_num_threads())
         return packed
-
-    def conv3x3_scratch(self, out: Tensor, h: Tensor) -> int:
-        """Floats of scratch memory that the call needs."""
-        return self._f.conv3x3_scratch(out, h, torch.get_num_threads())
 
     def conv3x3(
         self,
@@ -85,11 +81,15 @@ class CppHome(Home):
         packed: Tensor,
         bias: Tensor | None,
         onto: Tensor | None,
-        scratch: Tensor,
+        scratch: Callable[[int], Tensor],
     ) -> None:
-        """out = weight * h + bias + onto, of stride 1; all float32, channels_last. See csrc/cpu/conv3x3.h."""
-        on = (torch.get_num_threads(), 0, 0, scratch.data_ptr())
-        self._f.conv3x3(out, h, packed, bias, onto, on)
+        """out = weight * h + bias + onto, of stride 1; all float32, channels_last. See csrc/cpu/conv3x3.h.
+
+        scratch(n): memory of n floats at least, to work in.
+        """
+        threads = torch.get_num_threads()
+        memory = scratch(self._f.conv3x3_scratch(out, h, threads))
+        self._f.conv3x3(out, h, packed, bias, onto, (threads, 0, 0, memory.data_ptr()))
 
 
 try:

@@ -54,16 +54,20 @@ SR3FAST_INLINE void result_transform(const Floats* m, Floats* y) {
   y[3] = m[5] + kA2 * kA * odd_a + kB2 * kB * odd_b;
 }
 
-// G g
-void weight_transform(const double* g, int64_t stride, double* u) {
-  const double points[5] = {0.0, kA, -kA, kB, -kB};
-  for (int i = 0; i < 5; ++i) {
+// G g, of a panel's output channels side by side: g [3], u [6] of rows that lie `stride` apart
+using Panel = double[kColumns];
+
+SR3FAST_INLINE void weight_transform(const Panel* g, int stride, Panel* u) {
+  const double points[kWindow - 1] = {0.0, kA, -kA, kB, -kB};
+  for (int i = 0; i < kWindow - 1; ++i) {
     double others = 1.0;
-    for (int j = 0; j < 5; ++j)
+    for (int j = 0; j < kWindow - 1; ++j)
       if (j != i) others *= points[i] - points[j];
-    u[i] = (g[0] + points[i] * (g[stride] + points[i] * g[2 * stride])) / others;
+    const double scale = 1.0 / others, x = points[i];
+    for (int n = 0; n < kColumns; ++n)
+      u[i][n] = scale * (g[0][n] + x * (g[stride][n] + x * g[2 * stride][n]));
   }
-  u[5] = g[2 * stride];
+  for (int n = 0; n < kColumns; ++n) u[kWindow - 1][n] = g[2 * stride][n];
 }
 
 // m [R, 32] (+)= v [R, K] u [K, 32]
@@ -214,21 +218,23 @@ int64_t conv3x3_scratch(const Tensor& out, int64_t channels, int threads) {
   return threads * Plan(out, channels, threads).scratch();
 }
 
-void conv3x3_pack(float* packed, const float* weight, int64_t N, int64_t C) {
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t c = 0; c < C; ++c) {
-      double g[9], columns[3 * kWindow], u[kWindow];
-      for (int i = 0; i < 9; ++i) g[i] = weight[(n * C + c) * 9 + i];
+void conv3x3_pack(float* packed, const float* weight, int64_t N, int64_t C, int threads) {
+  parallel_ranges(threads, ceil(N, kColumns) * C, [&](int64_t begin, int64_t end) {
+    Panel g[9] = {}, columns[3 * kWindow], u[kWindow];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item / C * kColumns, c = item % C;
+      for (int64_t n = 0; n < kColumns; ++n)
+        for (int i = 0; i < 9; ++i) g[i][n] = first + n < N ? weight[((first + n) * C + c) * 9 + i] : 0.0f;
       for (int x = 0; x < 3; ++x) weight_transform(g + x, 3, columns + x * kWindow);
       for (int y = 0; y < kWindow; ++y) {
         weight_transform(columns + y, kWindow, u);
         for (int x = 0; x < kWindow; ++x) {
-          const int64_t point = y * kWindow + x;
-          packed[((n / kColumns * kPoints + point) * C + c) * kColumns + n % kColumns] =
-              static_cast<float>(u[x]);
+          float* to = packed + ((item / C * kPoints + y * kWindow + x) * C + c) * kColumns;
+          for (int n = 0; n < kColumns; ++n) to[n] = static_cast<float>(u[x][n]);
         }
       }
     }
+  });
 }
 
 void conv3x3(Tensor out, Tensor h, const float* packed, const float* bias, Tensor onto, Exec exec) {

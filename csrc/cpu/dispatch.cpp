@@ -8,11 +8,11 @@
 #include "../common/ops.h"
 #include "conv3x3.h"
 
-#define SR3FAST_EACH_OP(X)                                                                  \
-  X(noise)                                                                                  \
-  X(refine)                                                                                 \
-  X(solver_step) X(q_sample) X(group_norm_silu) X(group_norm_silu_backward) X(conv3x3_pack) \
-      X(conv3x3_scratch) X(conv3x3)
+#define SR3FAST_EACH_OP(X) \
+  X(noise)                 \
+  X(refine)                \
+  X(solver_step)           \
+  X(q_sample) X(group_norm_silu) X(group_norm_silu_backward) X(conv3x3_pack) X(conv3x3_scratch) X(conv3x3)
 
 namespace sr3fast::cpu {
 
@@ -96,8 +96,8 @@ void group_norm_silu_backward(Tensor dh, Tensor dh2, float* dweight, float* dbia
   table().group_norm_silu_backward(dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd, norm, exec);
 }
 
-void conv3x3_pack(float* packed, const float* weight, int64_t N, int64_t C) {
-  table().conv3x3_pack(packed, weight, N, C);
+void conv3x3_pack(float* packed, const float* weight, int64_t N, int64_t C, int threads) {
+  table().conv3x3_pack(packed, weight, N, C, threads);
 }
 
 int64_t conv3x3_scratch(const Tensor& out, int64_t channels, int threads) {

@@ -37,7 +37,7 @@ class Scratch:
     def __init__(self) -> None:
         self.memory = torch.empty(0)
 
-    def of(self, floats: int) -> Tensor:
+    def __call__(self, floats: int) -> Tensor:
         if self.memory.numel() < floats:
             self.memory = torch.zeros(floats)
         return self.memory
@@ -51,10 +51,9 @@ class Winograd:
 
     def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False) -> Tensor:
         """`owned`: nobody else reads `onto`, so it may receive the result."""
-        home = backend.load("cpp")
         h = h.contiguous(memory_format=torch.channels_last)
         onto = None if onto is None else onto.contiguous(memory_format=torch.channels_last)
         shape = h.shape[0], self.channels, *h.shape[2:]
         out = onto if owned and onto is not None else torch.empty(shape, memory_format=torch.channels_last)
-        home.conv3x3(out, h, self.packed, self.bias, onto, self.scratch.of(home.conv3x3_scratch(out, h)))
+        backend.load("cpp").conv3x3(out, h, self.packed, self.bias, onto, self.scratch)
         return out
