@@ -11,6 +11,7 @@
 // stay in the second-level cache; U streams through once a block.
 #include "conv3x3.h"
 
+#include <atomic>
 #include <cstring>
 
 #include "parallel.h"
@@ -241,13 +242,14 @@ void conv3x3(Tensor out, Tensor h, const float* packed, const float* bias, Tenso
   const Plan plan(out, h.size[1], exec.threads);
   const Product multiply = product_of<kRows>(plan.rows);
   const int64_t N = out.size[1], items = plan.blocks * plan.parts;
-  parallel_team(exec.threads, [&](int rank, int team, auto&&) {
+  std::atomic<int64_t> next{0};  // item: a core may be slower than the others
+  parallel_team(exec.threads, [&](int rank, int, auto&&) {
     float* V = static_cast<float*>(exec.scratch) + rank * plan.scratch();
     float* M = V + kPoints * plan.v_size;
     float* zeros = M + kPoints * plan.m_size;
     std::memset(zeros, 0, plan.padded_C * sizeof(float));
     int64_t in_V = -1;  // the block whose windows V holds
-    for (int64_t item = items * rank / team; item < items * (rank + 1) / team; ++item) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
       const int64_t block = item / plan.parts, part = item % plan.parts;
       const int64_t first = block * plan.block, tiles = least(plan.block, plan.tiles - first);
       for (int64_t i = 0; block != in_V && i < tiles; ++i)

@@ -35,11 +35,11 @@ class Scratch:
     """Memory that the layers of a network work in, one after the other."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.memory = torch.empty(0, device="cpu")
 
     def __call__(self, floats: int) -> Tensor:
         if self.memory.numel() < floats:
-            self.memory = torch.zeros(floats)
+            self.memory = torch.zeros(floats, dtype=torch.float32, device="cpu")
         return self.memory
 
 
@@ -53,7 +53,10 @@ class Winograd:
         """`owned`: nobody else reads `onto`, so it may receive the result."""
         h = h.contiguous(memory_format=torch.channels_last)
         onto = None if onto is None else onto.contiguous(memory_format=torch.channels_last)
-        shape = h.shape[0], self.channels, *h.shape[2:]
-        out = onto if owned and onto is not None else torch.empty(shape, memory_format=torch.channels_last)
+        if owned and onto is not None:
+            out = onto
+        else:
+            shape = h.shape[0], self.channels, *h.shape[2:]
+            out = torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
         backend.load("cpp").conv3x3(out, h, self.packed, self.bias, onto, self.scratch)
         return out
