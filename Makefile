@@ -9,7 +9,10 @@ GPU_PYTHON ?= python3
 RUN := $(BIN)/python -P
 IN_TIME := timeout -s INT -k 20 450
 
-.PHONY: demo test lint format bench figures gpu gpu-check gpu-bench gpu-compile clean
+CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh benchmarks/candidates/*)
+NVCC ?= nvcc
+
+.PHONY: demo test lint format bench figures gpu gpu-check gpu-bench gpu-compile gpu-candidates clean
 
 demo: $(VENV)/.installed-cli
 	$(RUN) examples/demo.py
@@ -21,12 +24,12 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/.installed-test
 	OUT=$(OUT) $(RUN) -m pytest benchmarks --benchmark-only
@@ -48,7 +51,7 @@ $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 	touch $@
 
 # ---- with a GPU: the machine's own python3, torch and compilers; each under 9 minutes
-gpu: gpu-check gpu-bench gpu-compile
+gpu: gpu-check gpu-bench gpu-compile gpu-candidates
 
 build/.gpu-installed: $(SOURCES)
 	SR3FAST_BUILD_CUDA=1 SR3FAST_CUDA_ARCHITECTURES=native \
@@ -66,6 +69,19 @@ gpu-bench: build/.gpu-installed
 gpu-compile: build/.gpu-installed
 	OUT=$(OUT) SR3FAST_BENCH_COMPILE=1 $(IN_TIME) $(GPU_PYTHON) -P -m pytest --benchmark-only -k torch_compile \
 	  benchmarks/test_sampling.py benchmarks/test_training.py benchmarks/test_ops.py
+
+# kernels that may replace one of csrc's, beside it
+CANDIDATES := $(patsubst benchmarks/%.cu,build/%,$(wildcard benchmarks/candidates/*.cu))
+
+build/candidates/%: benchmarks/candidates/%.cu benchmarks/candidates/candidate.cuh $(SOURCES)
+	mkdir -p $(@D)
+	$(NVCC) -O3 -std=c++17 -arch=native -o $@ $<
+
+gpu-candidates: $(CANDIDATES)
+	mkdir -p $(OUT)
+	for candidate in $^; do \
+	  OUT=$(OUT) SR3FAST_COMMIT=$${SR3FAST_COMMIT:-$$(git rev-parse --short HEAD)} $$candidate || exit; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sr3fast/_C*.so

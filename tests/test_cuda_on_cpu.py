@@ -33,6 +33,11 @@ def functions(library):
     return cuda_on_cpu.Functions(library)
 
 
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory):
+    return cuda_on_cpu.Candidates(tmp_path_factory.mktemp("candidates"))
+
+
 @pytest.fixture
 def emulated(functions, monkeypatch):
     """with emulated(device, schedule, in_memory): the ops run there, threads in that order, scalars in memory."""
@@ -267,6 +272,42 @@ def test_norms_keep_to_their_memory(functions, layout, offset):
             assert tensor.isfinite().all()
             assert_guard_is_whole(tensor, memory)
         assert all(v.isfinite().all() for v in (mean, rstd, dweight, dbias, dshift))
+
+
+# ---------------------------------------------------------------------------------------------- the candidates
+
+
+@pytest.mark.parametrize("schedule", [cuda_on_cpu.FORWARD, cuda_on_cpu.SHUFFLED])
+@pytest.mark.parametrize(
+    ("shape", "groups", "first"),
+    [((2, 192, 8, 8), 32, 128), ((9, 64, 8, 16), 4, None), ((2, 16, 12, 20), 2, None), ((3, 8, 5, 7), 2, None)],
+    ids=str,
+)
+def test_candidates(candidates, shape, groups, first, schedule):
+    """bfloat16 in channels_last, with a shift; several samples a round, a sample in two."""
+    b, c = shape[:2]
+    h = random(*shape, seed=1, mean=0.5, dtype=BF16, layout=NHWC)
+    pair = (h, None) if first is None else tuple(p.contiguous(memory_format=NHWC) for p in (h[:, :first], h[:, first:]))
+    weight, bias, shift = random(c, seed=3, mean=1.0), random(c, seed=4), random(b, c, seed=5)
+    grad = random(*shape, seed=6, dtype=BF16, layout=NHWC)
+    mean, rstd = (torch.full((b, groups), float("nan")) for _ in range(2))
+    out, (dh, dh2) = nan_like(h), (None if p is None else nan_like(p) for p in pair)
+    dweight, dbias, dshift = nan_like(weight), nan_like(bias), nan_like(shift)
+    norm = (*pair, None, weight, bias, shift, groups, 1e-5, True)
+    candidates.forward((out, None, mean, rstd), norm, schedule)
+    candidates.backward((dh, dh2, dweight, dbias, dshift, grad, None, mean, rstd), norm, schedule)
+
+    def plain(h, weight, bias, shift, grad):
+        leaves = tuple(t.detach().requires_grad_() for t in (h, weight, bias, shift))
+        h, weight, bias, shift = leaves
+        out = F.silu(F.group_norm(h + shift[:, :, None, None], groups, weight, bias))
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    actual = (out, dh if dh2 is None else torch.cat((dh, dh2), 1), dweight, dbias, dshift)
+    inputs = (h, weight, bias, shift, grad)
+    ours, exact = plain(*(t.to(BF16) for t in inputs)), plain(*(t.double() for t in inputs))
+    for a, p, e in zip(actual, ours, exact, strict=True):
+        assert_as_exact_as_torch(a.to(BF16), p, e)
 
 
 # -------------------------------------------------------------------------------------------------- the rest

@@ -17,6 +17,7 @@ from sr3fast import native
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc" / "cuda"
+CANDIDATES = HERE.parent.parent / "benchmarks" / "candidates"
 FLAGS = (
     *("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE"),
     *("-DSR3FAST_EMULATE", f"-I{HERE}"),
@@ -232,6 +233,44 @@ class Functions:
 
 def _arrays(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+
+
+class Candidates:
+    """benchmarks/candidates on a device of few multiprocessors."""
+
+    def __init__(self, folder: Path):
+        names = ("group_norm_silu_lag", "group_norm_silu_backward_lag")
+
+        def build_one(name: str) -> ctypes.CDLL:
+            library = folder / f"{name}.so"
+            command = [compiler(), *FLAGS, "-O0", "-shared", "-o", library, CANDIDATES / f"{name}.cu"]
+            subprocess.run(command, check=True)
+            return ctypes.CDLL(str(library))
+
+        with ThreadPoolExecutor(2) as pool:
+            self._libraries = dict(zip(names, pool.map(build_one, names), strict=True))
+
+    def _call(self, name, arguments, norm, schedule):
+        library = self._libraries[name]
+        library.emulate_schedule(schedule)
+        scratch = torch.full((1 << 20,), float("nan"))
+        on = _Exec(0, 0, None, scratch.data_ptr())
+        function = getattr(library, name)
+        function.restype = ctypes.c_char_p
+        structures = (*arguments, _norm(*norm), on)
+        error = function(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in structures))
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def forward(self, outs, norm, schedule):
+        out, s, mean, rstd = outs
+        self._call("group_norm_silu_lag", (_tensor(out), _tensor(s), *_arrays(mean, rstd)), norm, schedule)
+
+    def backward(self, tensors, norm, schedule):
+        dh, dh2, dweight, dbias, dshift, grad, grad_s, mean, rstd = tensors
+        arrays, images = _arrays(dweight, dbias, dshift), (_tensor(grad), _tensor(grad_s))
+        arguments = (_tensor(dh), _tensor(dh2), *arrays, *images, *_arrays(mean, rstd))
+        self._call("group_norm_silu_backward_lag", arguments, norm, schedule)
 
 
 class Home(native.Home):
