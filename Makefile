@@ -80,7 +80,7 @@ build/candidates/%: benchmarks/candidates/%.cu benchmarks/candidates/candidate.c
 gpu-candidates: $(CANDIDATES)
 	mkdir -p $(OUT)
 	for candidate in $^; do \
-	  OUT=$(OUT) SR3FAST_COMMIT=$${SR3FAST_COMMIT:-$$(git rev-parse --short HEAD)} $$candidate || exit; \
+	  OUT=$(OUT) SR3FAST_COMMIT=$${SR3FAST_COMMIT:-$$(git rev-parse --short HEAD)} timeout -k 5 120 $$candidate || exit; \
 	done
 
 clean:

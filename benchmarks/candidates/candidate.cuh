@@ -167,10 +167,10 @@ inline double largest_difference(const Tensor& a, const Tensor& b) {
 }
 
 // Times run(case, unit bytes, blocks of a multiprocessor), and run(case, 0, 0), which is what stands in csrc;
-// `passes`: bytes moved for an element of bfloat16, at least, over 2. Writes OUT/NAME.json; 1 where one does
-// not agree.
+// `passes`: bytes moved for an element of bfloat16, at least, over 2. Writes OUT/NAME.json; whether all
+// agree.
 template <class Run>
-int compare(const char* name, int passes, Run&& run) {
+bool timed(const char* name, int passes, Run&& run) {
   cudaDeviceProp device{};
   check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
   const char* out = std::getenv("OUT");
@@ -225,6 +225,14 @@ int compare(const char* name, int passes, Run&& run) {
   std::fprintf(file, "\n]}\n");
   std::fclose(file);
   std::rename((path + ".part").c_str(), path.c_str());
+  return agree;
+}
+
+template <class Run>
+int compare(const char* name, int passes, Run&& run) {
+  bool agree = false;
+  const char* why = error([&] { agree = timed(name, passes, run); });
+  if (why) std::fprintf(stderr, "%s: %s\n", name, why);
   return agree ? 0 : 1;
 }
 
