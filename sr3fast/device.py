@@ -22,5 +22,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # of other versions of torch we know nothing
-        fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        fast = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        fast = fast and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return torch.bfloat16 if fast else torch.float32

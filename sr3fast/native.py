@@ -83,7 +83,9 @@ class CppHome(Home):
         onto: Tensor | None,
         scratch: Callable[[int], Tensor],
     ) -> None:
-        """out = weight * h + bias + onto, of stride 1; all float32, channels_last. See csrc/cpu/conv3x3.h.
+        """out = weight * h + bias + onto, of stride 1 (csrc/cpu/conv3x3.h).
+
+        All are float32 and channels_last: its only caller, the engine, sees to that.
 
         scratch(n): memory of n floats at least, to work in.
         """

@@ -164,6 +164,23 @@ def test_minimal_filtering_where_it_pays():
         assert weights((32, 32)) == 0
 
 
+@pytest.mark.skipif(winograd.kernels() is None, reason="needs the C++ kernels")
+def test_a_forced_backend_is_heeded_by_what_was_kept(monkeypatch):
+    net = unet(channels=32, multipliers=(1, 2))
+    x, y = images(net)
+    f_theta, calls = Engine(net), []
+    real = type(winograd.kernels()).conv3x3
+    monkeypatch.setattr(type(winograd.kernels()), "conv3x3", lambda *args: (calls.append(1), real(*args)))
+    expected = run_once(f_theta, x, y)
+    assert calls
+    for _ in range(2):
+        calls.clear()
+        with backend.use("torch"):
+            run_once(f_theta, x, y)
+        assert not calls
+        assert torch.equal(run_once(f_theta, x, y), expected) and calls
+
+
 def test_bfloat16_and_float16_weights():
     net = unet()
     x, y = images(net)
@@ -309,8 +326,9 @@ def test_a_changed_norm_is_noticed():
 # ---------------------------------------------------------------------------------- separate runs
 
 
-def test_runs_interleave():
-    net = unet()
+@pytest.mark.parametrize("channels", [16, 32])
+def test_runs_interleave(channels):
+    net = unet(channels=channels)
     (x1, y1), (x2, y2) = images(net, seed=1), images(net, seed=2)
     f_theta = Engine(net)
     first, second = f_theta.start_run(x1, y1.shape, LEVELS), f_theta.start_run(x2, y2.shape, LEVELS.flip(0))
@@ -324,8 +342,9 @@ def test_runs_interleave():
     assert torch.equal(second.x, x2)
 
 
-def test_threads():
-    net = unet()
+@pytest.mark.parametrize("channels", [16, 32])
+def test_threads(channels):
+    net = unet(channels=channels)
     f_theta = Engine(net)
     pictures = [images(net, seed=s) for s in range(6)]
     expected = [plain(net, x, y, LEVELS[1]) for x, y in pictures]

@@ -8,10 +8,9 @@
 //
 // A thread takes a block of tiles: their windows go to 36 matrices V [tiles, C], which the products with the
 // weights U [C, 32] take to M [tiles, 32], 32 output channels at a time, and those to results. V and M
-// stay in the second-level cache; U streams through once a block.
+// stay in the second-level cache (of 2 MB, with up to some 400 channels); U streams through once a block.
 #include "conv3x3.h"
 
-#include <atomic>
 #include <cstring>
 
 #include "parallel.h"
@@ -31,8 +30,9 @@ constexpr int64_t kApart = 16;   // floats between the 36 matrices, which would 
 
 constexpr float kA = 0.6875f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 
+// std::min is a weak symbol, of which the linker might keep another instruction set's
 SR3FAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SR3FAST_INLINE int64_t ceil(int64_t n, int64_t d) { return (n + d - 1) / d; }
+SR3FAST_INLINE int64_t ceil_divide(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // B^T d
 SR3FAST_INLINE void window_transform(const Floats* d, Floats* v) {
@@ -116,26 +116,29 @@ struct Plan {
   int64_t block, blocks, parts;  // tiles of a block
   int64_t padded_C, v_size, m_size;
 
-  Plan(const Tensor& out, int64_t channels, int threads)
+  int threads;  // that have work
+
+  Plan(const Tensor& out, int64_t channels, int threads_)
       : C(channels),
         H(out.size[2]),
         W(out.size[3]),
-        across((W + kTile - 1) / kTile),
-        down((H + kTile - 1) / kTile),
+        across(ceil_divide(W, kTile)),
+        down(ceil_divide(H, kTile)),
         tiles(out.size[0] * across * down),
-        panels((out.size[1] + kColumns - 1) / kColumns) {
-    const int64_t turns = ceil(tiles, threads * kMostTiles);
-    block = ceil(tiles, least(turns * threads, ceil(tiles, kLeastTiles)));
-    blocks = ceil(tiles, block);
-    parts = least(panels, ceil(threads, blocks));
-    rows = ceil(block, ceil(block, kRows));
-    padded_C = ceil(C, kLanes) * kLanes;
-    const int64_t padded_block = ceil(block, rows) * rows;
+        panels(ceil_divide(out.size[1], kColumns)) {
+    const int64_t turns = ceil_divide(tiles, threads_ * kMostTiles);
+    block = ceil_divide(tiles, least(turns * threads_, ceil_divide(tiles, kLeastTiles)));
+    blocks = ceil_divide(tiles, block);
+    parts = least(panels, ceil_divide(threads_, blocks));
+    rows = ceil_divide(block, ceil_divide(block, kRows));
+    padded_C = ceil_divide(C, kLanes) * kLanes;
+    const int64_t padded_block = ceil_divide(block, rows) * rows;
     v_size = padded_block * padded_C + kApart;
     m_size = padded_block * kColumns + kApart;
+    threads = static_cast<int>(least(threads_, blocks * parts));
   }
 
-  int64_t scratch() const { return kPoints * (v_size + m_size) + padded_C; }  // floats of a thread
+  int64_t thread_scratch() const { return kPoints * (v_size + m_size) + padded_C; }  // floats
 };
 
 // Where a tile's first result lies.
@@ -216,12 +219,13 @@ SR3FAST_INLINE void write_tile(const Tensor& out, const float* M, const float* b
 }  // namespace
 
 int64_t conv3x3_scratch(const Tensor& out, int64_t channels, int threads) {
-  return threads * Plan(out, channels, threads).scratch();
+  const Plan plan(out, channels, threads);
+  return plan.threads * plan.thread_scratch();
 }
 
 void conv3x3_pack(float* packed, const float* weight, int64_t N, int64_t C, int threads) {
-  parallel_ranges(threads, ceil(N, kColumns) * C, [&](int64_t begin, int64_t end) {
-    Panel g[9] = {}, columns[3 * kWindow], u[kWindow];
+  parallel_ranges(threads, ceil_divide(N, kColumns) * C, [&](int64_t begin, int64_t end) {
+    Panel g[9] = {}, columns[3 * kWindow], u[kWindow];  // [3, 3]; [x, 6]; a row of [6, 6]
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / C * kColumns, c = item % C;
       for (int64_t n = 0; n < kColumns; ++n)
@@ -241,31 +245,26 @@ void conv3x3_pack(float* packed, const float* weight, int64_t N, int64_t C, int 
 void conv3x3(Tensor out, Tensor h, const float* packed, const float* bias, Tensor onto, Exec exec) {
   const Plan plan(out, h.size[1], exec.threads);
   const Product multiply = product_of<kRows>(plan.rows);
-  const int64_t N = out.size[1], items = plan.blocks * plan.parts;
-  std::atomic<int64_t> next{0};  // item: a core may be slower than the others
-  parallel_team(exec.threads, [&](int rank, int, auto&&) {
-    float* V = static_cast<float*>(exec.scratch) + rank * plan.scratch();
+  const int64_t N = out.size[1];
+  parallel_items(plan.threads, plan.blocks * plan.parts, [&](int rank, int64_t item) {
+    float* V = static_cast<float*>(exec.scratch) + rank * plan.thread_scratch();
     float* M = V + kPoints * plan.v_size;
     float* zeros = M + kPoints * plan.m_size;
     std::memset(zeros, 0, plan.padded_C * sizeof(float));
-    int64_t in_V = -1;  // the block whose windows V holds
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      const int64_t block = item / plan.parts, part = item % plan.parts;
-      const int64_t first = block * plan.block, tiles = least(plan.block, plan.tiles - first);
-      for (int64_t i = 0; block != in_V && i < tiles; ++i)
-        read_window(V + i * plan.padded_C, h, zeros, plan, Place(plan, first + i));
-      in_V = block;
-      for (int64_t n = plan.panels * part / plan.parts; n < plan.panels * (part + 1) / plan.parts; ++n) {
-        for (int64_t point = 0; point < kPoints; ++point)
-          for (int64_t k = 0; k < plan.C; k += kDepth)
-            for (int64_t i = 0; i < tiles; i += plan.rows)
-              multiply(V + point * plan.v_size + i * plan.padded_C + k, plan.padded_C,
-                       packed + ((n * kPoints + point) * plan.C + k) * kColumns, least(kDepth, plan.C - k),
-                       M + point * plan.m_size + i * kColumns, k > 0);
-        for (int64_t i = 0; i < tiles; ++i)
-          write_tile(out, M + i * kColumns, bias, onto, plan, Place(plan, first + i), n * kColumns,
-                     least(kColumns, N - n * kColumns));
-      }
+    const int64_t first = item / plan.parts * plan.block, part = item % plan.parts;
+    const int64_t tiles = least(plan.block, plan.tiles - first);
+    for (int64_t i = 0; i < tiles; ++i)
+      read_window(V + i * plan.padded_C, h, zeros, plan, Place(plan, first + i));
+    for (int64_t n = plan.panels * part / plan.parts; n < plan.panels * (part + 1) / plan.parts; ++n) {
+      for (int64_t point = 0; point < kPoints; ++point)
+        for (int64_t k = 0; k < plan.C; k += kDepth)
+          for (int64_t i = 0; i < tiles; i += plan.rows)
+            multiply(V + point * plan.v_size + i * plan.padded_C + k, plan.padded_C,
+                     packed + ((n * kPoints + point) * plan.C + k) * kColumns, least(kDepth, plan.C - k),
+                     M + point * plan.m_size + i * kColumns, k > 0);
+      for (int64_t i = 0; i < tiles; ++i)
+        write_tile(out, M + i * kColumns, bias, onto, plan, Place(plan, first + i), n * kColumns,
+                   least(kColumns, N - n * kColumns));
     }
   });
 }

@@ -8,11 +8,11 @@
 #include "../common/ops.h"
 #include "conv3x3.h"
 
-#define SR3FAST_EACH_OP(X) \
-  X(noise)                 \
-  X(refine)                \
-  X(solver_step)           \
-  X(q_sample) X(group_norm_silu) X(group_norm_silu_backward) X(conv3x3_pack) X(conv3x3_scratch) X(conv3x3)
+// clang-format off
+#define SR3FAST_EACH_OP(X)                                                                     \
+  X(noise) X(refine) X(solver_step) X(q_sample) X(group_norm_silu) X(group_norm_silu_backward) \
+  X(conv3x3_pack) X(conv3x3_scratch) X(conv3x3)
+// clang-format on
 
 namespace sr3fast::cpu {
 

@@ -36,6 +36,20 @@ inline __attribute__((always_inline)) void parallel_ranges(int threads, int64_t 
   f(0, n);
 }
 
+// f(rank, i) for i < n, each on whichever thread is free: cores differ in speed.
+template <class F>
+inline __attribute__((always_inline)) void parallel_items(int threads, int64_t n, F&& f) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(omp_get_thread_num(), i);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) f(0, i);
+}
+
 // All of a team wait here for each other. OpenMP's own barrier puts a thread to sleep as soon as there are
 // more threads than cores, and waking it takes longer than the work between two barriers.
 class Barrier {

@@ -251,7 +251,7 @@ class Builder:
 
     def conv_of(self, key: Any, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Any:
         if self.form.winograd and stride == 1 and winograd.pays(weight, self.B, self.size):
-            fast = self.winograd(key, weight, bias)
+            fast = self.filtered(key, weight, bias)
             return fast if self.form.fused_residual else Apart(fast)
         make: Any = PackedConv if self.form.prepacked else Conv
         if self.form.fused_residual and self.form.channels_last and not self.form.prepacked:
@@ -272,11 +272,11 @@ class Builder:
             conv = self.layers[key] = Tuned(conv) if self.tuned and weight.shape[-1] == 3 else conv
         return conv
 
-    def winograd(self, key: Any, weight: Tensor, bias: Tensor | None) -> Winograd:
+    def filtered(self, key: Any, weight: Tensor, bias: Tensor | None) -> Winograd:
+        home = winograd.kernels()
         if (packed := self.packed.get((key, "winograd"))) is None:
-            packed = self.packed[key, "winograd"] = winograd.kernels().conv3x3_pack(weight.detach().float())
-        bias = None if bias is None else held(bias)
-        return Winograd(packed, len(weight), bias, self.scratch)
+            packed = self.packed[key, "winograd"] = home.conv3x3_pack(weight.detach().float())
+        return Winograd(home, packed, len(weight), None if bias is None else held(bias), self.scratch)
 
     def down(self, layer: Downsample) -> tuple[Any, Part]:
         conv = self.conv(layer.conv, bias=not self.form.late_bias)

@@ -39,6 +39,7 @@ class Scratch:
 
     def __call__(self, floats: int) -> Tensor:
         if self.memory.numel() < floats:
+            # zeros: a block's last product may reach beyond its tiles, and denormal numbers are slow
             self.memory = torch.zeros(floats, dtype=torch.float32, device="cpu")
         return self.memory
 
@@ -46,8 +47,8 @@ class Scratch:
 class Winograd:
     """W * h + bias, and the sum with `onto` where that is given."""
 
-    def __init__(self, packed: Tensor, channels: int, bias: Tensor | None, scratch: Scratch):
-        self.packed, self.channels, self.bias, self.scratch = packed, channels, bias, scratch
+    def __init__(self, home: Any, packed: Tensor, channels: int, bias: Tensor | None, scratch: Scratch):
+        self.home, self.packed, self.channels, self.bias, self.scratch = home, packed, channels, bias, scratch
 
     def __call__(self, h: Tensor, onto: Tensor | None = None, owned: bool = False) -> Tensor:
         """`owned`: nobody else reads `onto`, so it may receive the result."""
@@ -58,5 +59,5 @@ class Winograd:
         else:
             shape = h.shape[0], self.channels, *h.shape[2:]
             out = torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
-        backend.load("cpp").conv3x3(out, h, self.packed, self.bias, onto, self.scratch)
+        self.home.conv3x3(out, h, self.packed, self.bias, onto, self.scratch)
         return out

@@ -51,9 +51,11 @@ class Trainer:
         start: Model | None = None,
         moments: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
-        self.config, self.ranks, self.iteration = config, Ranks(), 0
+        self.ranks, self.iteration = Ranks(), 0
         self.device = self.ranks.device(config.device)
-        self.dtype = fast_dtype(self.device) if config.dtype is None else getattr(torch, config.dtype)
+        if config.dtype is None:
+            config = dataclasses.replace(config, dtype=str(fast_dtype(self.device)).removeprefix("torch."))
+        self.config = config
         if config.resume and (start is not None or moments is not None):
             raise ValueError("a resumed run has its checkpoint's weights: leave out start (--init), or resume")
         state = read_checkpoint(config, self.ranks.world) if config.resume else None
@@ -177,7 +179,7 @@ class Trainer:
         source = x if unet.in_channels > unet.out_channels else None
         wait = contextlib.nullcontext() if last or self.ranks.world == 1 else self.synchronised.no_sync()  # type: ignore[operator]
         with wait:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 loss = denoising_loss(self.f_theta, source, y_0, gamma, level, seeds, iteration, config.p)
             loss = loss / config.accumulate
             loss.backward()
