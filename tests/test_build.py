@@ -114,4 +114,4 @@ def test_a_compiled_wheel(sdist, tmp_path):
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/", "kernels/")) for name in names)
     code = "import torch; from sr3fast import backend, ops; print(type(backend.load('cpp')).__name__); "
     code += "print(ops.noise((1, 1, 1, 4), 0, domain=0).view(torch.int32)[0, 0, 0, 0].item() == 0x3f7dbb31)"
-    assert run_installed(made, tmp_path, code).split() == ["Home", "True"]
+    assert run_installed(made, tmp_path, code).split() == ["CppHome", "True"]
