@@ -92,6 +92,7 @@ ladder = partial(bars, key="rung", theirs=("eager",), title="The engine's transf
 PLOTS: dict[str, tuple[Callable[[Records, plt.Figure], None], tuple[float, float]]] = {
     "sampling-cpu": (sampling, (7, 2.6)),
     "ladder-cpu": (ladder, (7, 3.2)),
+    "ladder-float32-cpu": (ladder, (7, 3.4)),
     "ops-cpu": (ops, (9, 4.4)),
     "ops-cuda": (ops, (9, 7)),
     "sampling-cuda": (sampling, (7, 6)),
