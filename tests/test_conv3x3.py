@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import nan_like, random, same_bits
+from conftest import assert_as_exact_as_torch, nan_like, random, same_bits
 
 from sr3fast import backend
 from sr3fast.engine.winograd import Scratch, Winograd
@@ -55,6 +55,8 @@ def test_it_is_the_convolution(shape, count, threads):
     exact = plain(h.double(), weight.double(), bias.double(), onto.double())
     out = conv(h, onto)
     assert rms(out - exact) <= 2 * rms(expected - exact)
+    if HOME.fast_conv3x3():  # the largest error too, where the engine takes it
+        assert_as_exact_as_torch(out, expected, exact)
     assert out.is_contiguous(memory_format=torch.channels_last) and not same_bits(out, onto)
     owned = onto.clone(memory_format=torch.preserve_format)
     assert conv(h, owned, owned=True).data_ptr() == owned.data_ptr() and same_bits(owned, out)

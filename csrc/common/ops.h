@@ -12,7 +12,7 @@ struct Exec {
   int threads = 1;
   int device = 0;
   void* stream = nullptr;
-  void* scratch = nullptr;  // cuda::scratch_bytes for the norms; cpu::conv3x3_scratch floats for that
+  void* scratch = nullptr;  // cuda::scratch_bytes, for the norms; cpu::conv3x3_scratch floats
 };
 
 // Optional parts of a norm's input: s = h (++ h2) + shift (+ residual).

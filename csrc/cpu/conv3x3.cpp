@@ -24,7 +24,7 @@ constexpr int64_t kColumns = 32;              // output channels of a panel
 constexpr int kVectors = 2;                   // of columns, in a product's registers
 constexpr int kRows = kLanes == 16 ? 14 : 6;  // tiles, most in a product's registers
 constexpr int64_t kMostTiles = 32;            // of a block
-constexpr int64_t kLeastTiles = 16;
+constexpr int64_t kLeastTiles = 16;           // of a block, where threads share few
 constexpr int64_t kDepth = 256;  // channels of a product: short sums, of a U in the first-level cache
 constexpr int64_t kApart = 16;   // floats between the 36 matrices, which would else share few sets of a cache
 
@@ -115,7 +115,6 @@ struct Plan {
   int64_t rows;                  // of a product
   int64_t block, blocks, parts;  // tiles of a block
   int64_t padded_C, v_size, m_size;
-
   int threads;  // that have work
 
   Plan(const Tensor& out, int64_t channels, int threads_)
@@ -225,7 +224,7 @@ int64_t conv3x3_scratch(const Tensor& out, int64_t channels, int threads) {
 
 void conv3x3_pack(float* packed, const float* weight, int64_t N, int64_t C, int threads) {
   parallel_ranges(threads, ceil_divide(N, kColumns) * C, [&](int64_t begin, int64_t end) {
-    Panel g[9] = {}, columns[3 * kWindow], u[kWindow];  // [3, 3]; [x, 6]; a row of [6, 6]
+    Panel g[9], columns[3 * kWindow], u[kWindow];  // [3, 3]; [x, 6]; a row of [6, 6]
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / C * kColumns, c = item % C;
       for (int64_t n = 0; n < kColumns; ++n)
