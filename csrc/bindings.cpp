@@ -281,6 +281,11 @@ PYBIND11_MODULE(_C, m) {
   auto cpu_module = m.def_submodule("cpu");
   bind_cpu(cpu_module);
   cpu_module.def("isa", &cpu::isa);
+#if defined(_OPENMP)
+  cpu_module.attr("openmp") = true;
+#else
+  cpu_module.attr("openmp") = false;
+#endif
   bind_conv3x3(cpu_module);
 #if defined(SR3FAST_CUDA)
   auto cuda_module = m.def_submodule("cuda");

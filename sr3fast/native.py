@@ -108,7 +108,7 @@ def _module() -> ModuleType:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(
-            f"the compiled module sr3fast._C is not there ({error}): install with a C++ compiler, `pip install -e .`"
+            f"the compiled module sr3fast._C is not there ({error}): install with a C++ compiler (GCC 9, Clang 13 or newer), `pip install -e .`"
         ) from error
     return _C
 
@@ -116,7 +116,8 @@ def _module() -> ModuleType:
 def cpp() -> CppHome:
     """The C++ home, for CPU tensors. ImportError says why it is not there."""
     functions = _module().cpu
-    return CppHome(functions, lambda device: (torch.get_num_threads(), 0, 0, 0), f"{functions.isa()}, OpenMP")
+    threads = "OpenMP" if functions.openmp else "one thread: it was built without OpenMP"
+    return CppHome(functions, lambda device: (torch.get_num_threads(), 0, 0, 0), f"{functions.isa()}, {threads}")
 
 
 def cuda() -> Home:

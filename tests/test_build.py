@@ -13,6 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 UNSET = {"SR3FAST_BUILD_CPP": "", "SR3FAST_BUILD_CUDA": ""}
 NO_COMPILER = {"CXX": "/no/such/compiler", "CUDACXX": "/no/such/compiler", **UNSET}
+WITHOUT_VECTORS = {"CXXFLAGS": "-D__builtin_convertvector=none", **UNSET}
+NAMES = [f + version for f in ("g++", "clang++") for version in ("", *(f"-{n}" for n in range(9, 30)))]
+OTHER_COMPILERS = {os.path.realpath(c): n for n in NAMES if (c := shutil.which(n))}
+OTHER_COMPILERS.pop(os.path.realpath(shutil.which("c++") or ""), None)  # which builds the package
 NOT_COPIED = (".git", ".venv", "build", "*.egg-info", "*.so", "__pycache__", ".hypothesis", ".*_cache", "runs")
 pytest.importorskip("scikit_build_core", reason="the builds fetch nothing: they need the test extra's build tools")
 
@@ -104,7 +108,31 @@ def test_what_is_asked_for_is_built_or_refused(sdist, tmp_path, variables, why):
     assert made is None and why in said
 
 
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_a_compiler_that_does_not_do(sdist, tmp_path, asked):
+    said, made = wheel(sdist, tmp_path, **WITHOUT_VECTORS | {"SR3FAST_BUILD_CPP": asked})
+    assert "lacks the vector extensions of GCC 9 and Clang 13" in said
+    assert (made is None) == (asked == "1")
+    assert made is None or not any("_C" in name for name in zipfile.ZipFile(made).namelist())
+
+
+@pytest.mark.parametrize("compiler", OTHER_COMPILERS.values())
+@pytest.mark.parametrize("source", ["step", "group_norm_silu", "conv3x3"])
+def test_every_other_compiler_here_takes_the_kernels(compiler, source):
+    """On the machine's own processor, and on x86 with the wider vectors too."""
+    machine = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    wide = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-march=skylake-avx512"]}
+    for isa, flags in {"baseline": [], **(wide if machine.startswith("x86_64") else {})}.items():
+        command = [compiler, "-std=c++17", "-fsyntax-only", "-Wno-psabi", f"-DSR3FAST_ISA={isa}", *flags]
+        done = subprocess.run([*command, str(ROOT / f"csrc/cpu/{source}.cpp")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_compiler
 def test_a_compiled_wheel(sdist, tmp_path):
     said, made = wheel(sdist, tmp_path, SR3FAST_BUILD_CPP="1", SR3FAST_BUILD_CUDA="0")
     assert made is not None, said[-3000:]

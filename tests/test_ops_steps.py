@@ -116,6 +116,29 @@ def test_eps_hat_and_into(home, poisoned, dtype, how, layout):
         assert same_bits(into, expected.to(dtype)) and base.isnan().sum() == untouched
 
 
+def equal_numbers(a, b):
+    """The same bits, but for the payload of a NaN."""
+    return same_bits(a.nan_to_num(7.0), b.nan_to_num(7.0)) and torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("how", ["contiguous", "every second pixel"])
+def test_every_number_of_16_bits(home, dtype, how):
+    """Read as eps_hat; and written as into: each of them, what lies just beside it, and halfway to the next."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, 1, 256, 256).to(home)
+    zeros = torch.zeros(every.shape, device=home)
+    read, _ = ops.solver_step(zeros, strided(every, how), (0, 0, math.inf, 0, 1, 0, 0, 0, 0), 0, 1)
+    assert equal_numbers(read, every.float() + 0)
+    nearest = every.float().view(torch.int32)
+    halfway = nearest + ((every.view(torch.int16) + 1).view(dtype).float().view(torch.int32) - nearest) // 2
+    for words in (nearest, halfway):
+        for y in (words - 1, words, words + 1):
+            y = y.view(torch.float32)
+            into = strided(torch.zeros_like(every), how)
+            ops.solver_step(y, zeros, (0, 0, math.inf, 1, 0, 0, 0, 0, 0), 0, 1, into=into)
+            assert equal_numbers(into, (y + 0).to(dtype))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_million_elements(home, layout):
     y, eps_hat, _ = inputs((4, 3, 300, 301), home, layout)

@@ -210,14 +210,47 @@ SR3FAST_INLINE void each_pixels(Floats first, Floats second, F&& f) {
 struct bf16 {
   uint16_t bits;
 };
-using f16 = _Float16;
+struct f16 {  // _Float16 came to x86 with GCC 12 and Clang 15
+  uint16_t bits;
+};
 
 SR3FAST_INLINE Floats all(float x) { return Floats{} + x; }
+
+SR3FAST_INLINE Floats from_f16(Words16 half) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtph_ps((__m128i)half);
+#else
+  const Words32 words = __builtin_convertvector(half, Words32), magnitude = words & 0x7fffu;
+  const Words32 finite = (Words32)((Floats)(magnitude << 13) * 0x1p112f);  // subnormal ones too
+  return (Floats)((words & 0x8000u) << 16 | (magnitude < 0x7c00u ? finite : magnitude << 13 | 0x7f800000u));
+#endif
+}
+
+// to nearest even; NaN stays a quiet NaN
+SR3FAST_INLINE Words16 to_f16(Floats v) {
+#if defined(__AVX512F__)
+  return (Words16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (Words16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Words32 bits = (Words32)v, magnitude = bits & 0x7fffffffu;
+  const Words32 least =
+      (Words32)((Floats)magnitude + 0.5f) - 0x3f000000u;  // 0.5's last bit is the least half
+  const Words32 normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  const Words32 special = magnitude > 0x7f800000u ? Words32{} + 0x7e00u : Words32{} + 0x7c00u;
+  const Words32 finite =
+      magnitude < 0x38800000u ? least : normal;  // from 2^-14 on normal, from 2^16 on infinite
+  return __builtin_convertvector((magnitude < 0x47800000u ? finite : special) | (bits >> 16 & 0x8000u),
+                                 Words16);
+#endif
+}
 
 // float
 
 SR3FAST_INLINE float to_float(float x) { return x; }
-SR3FAST_INLINE float to_float(f16 x) { return static_cast<float>(x); }
+SR3FAST_INLINE float to_float(f16 x) { return from_f16(Words16{x.bits})[0]; }
 SR3FAST_INLINE float to_float(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float f;
@@ -238,6 +271,11 @@ SR3FAST_INLINE bf16 from_float<bf16>(float x) {
   return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
 }
 
+template <>
+SR3FAST_INLINE f16 from_float<f16>(float x) {
+  return {to_f16(Floats{x})[0]};
+}
+
 SR3FAST_INLINE Floats load(const float* p) {
   Floats v;
   std::memcpy(&v, p, sizeof v);
@@ -254,15 +292,9 @@ SR3FAST_INLINE Floats load(const bf16* p) {
   return reinterpret_cast<Floats>(words << 16);
 }
 SR3FAST_INLINE Floats load(const f16* p) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Floats v;
-  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
-  return v;
-#endif
+  Words16 half;
+  std::memcpy(&half, p, sizeof half);
+  return from_f16(half);
 }
 
 SR3FAST_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
@@ -284,13 +316,8 @@ SR3FAST_INLINE void store(bf16* p, Floats v) {
   std::memcpy(p, &half, sizeof half);
 }
 SR3FAST_INLINE void store(f16* p, Floats v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<f16>(v[i]);
-#endif
+  const Words16 half = to_f16(v);
+  std::memcpy(p, &half, sizeof half);
 }
 
 // The last, short vector of a stretch: n elements, the rest is padding.
