@@ -108,7 +108,8 @@ def _module() -> ModuleType:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(
-            f"the compiled module sr3fast._C is not there ({error}): install with a C++ compiler (GCC 9, Clang 13 or newer), `pip install -e .`"
+            f"the compiled module sr3fast._C is not there ({error}): install with a C++ compiler "
+            "(GCC 9, Clang 13 or newer), `pip install -e .`"
         ) from error
     return _C
 

@@ -5,8 +5,6 @@
 
 #if defined(__CUDACC__)
 #define SR3FAST_HD __host__ __device__ __forceinline__
-#elif defined(_MSC_VER)
-#define SR3FAST_HD __forceinline
 #else
 // always inlined: csrc/cpu is compiled once an instruction set, and no copy may leak from one into another
 #define SR3FAST_HD inline __attribute__((always_inline))

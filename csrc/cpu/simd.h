@@ -4,6 +4,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <cmath>
@@ -87,6 +89,8 @@ SR3FAST_INLINE Words64 product(uint32_t m, Words64 a) {
   return (Words64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 #elif defined(__SSE2__)
   return (Words64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
+#elif defined(__aarch64__)
+  return (Words64)vmull_n_u32(vmovn_u64((uint64x2_t)a), m);
 #else
   return (a & 0xffffffffu) * m;
 #endif
