@@ -125,7 +125,7 @@ def cuda() -> Home:
     """The CUDA home. ImportError says why it is not there, or why this machine cannot run it."""
     functions = getattr(_module(), "cuda", None)
     if functions is None:
-        raise ImportError("this build has no CUDA kernels: it was installed without nvcc")
+        raise ImportError("this build has no CUDA kernels: it was installed without nvcc (of CUDA 12.0 or newer)")
     if not torch.cuda.is_available():
         raise ImportError("torch sees no CUDA device")
     driver, runtime = functions.driver_version(), functions.runtime_version()

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 UNSET = {"SR3FAST_BUILD_CPP": "", "SR3FAST_BUILD_CUDA": ""}
 NO_COMPILER = {"CXX": "/no/such/compiler", "CUDACXX": "/no/such/compiler", **UNSET}
 WITHOUT_VECTORS = {"CXXFLAGS": "-D__builtin_convertvector=none", **UNSET}
+OLD_NVCC = """#!/bin/sh
+test "$*" = --version && echo "Cuda compilation tools, release 11.5, V11.5.119" || exec nvcc "$@"
+"""
 NAMES = [f + version for f in ("g++", "clang++") for version in ("", *(f"-{n}" for n in range(9, 30)))]
 OTHER_COMPILERS = {os.path.realpath(c): n for n in NAMES if (c := shutil.which(n))}
 OTHER_COMPILERS.pop(os.path.realpath(shutil.which("c++") or ""), None)  # which builds the package
@@ -118,6 +121,16 @@ def test_a_compiler_that_does_not_do(sdist, tmp_path, asked):
     assert "lacks the vector extensions of GCC 9 and Clang 13" in said
     assert (made is None) == (asked == "1")
     assert made is None or not any("_C" in name for name in zipfile.ZipFile(made).namelist())
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_an_old_nvcc_is_refused(sdist, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(OLD_NVCC)
+    nvcc.chmod(0o755)
+    said, made = wheel(sdist, tmp_path, **UNSET | {"CUDACXX": str(nvcc), "SR3FAST_BUILD_CUDA": "1"})
+    assert made is None and f"the CUDA kernels need CUDA 12.0, and {nvcc} is of 11.5" in said
 
 
 @pytest.mark.parametrize("compiler", OTHER_COMPILERS.values())
