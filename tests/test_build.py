@@ -17,7 +17,7 @@ WITHOUT_VECTORS = {"CXXFLAGS": "-D__builtin_convertvector=none", **UNSET}
 OLD_NVCC = """#!/bin/sh
 test "$*" = --version && echo "Cuda compilation tools, release 11.5, V11.5.119" || exec nvcc "$@"
 """
-NAMES = [f + version for f in ("g++", "clang++") for version in ("", *(f"-{n}" for n in range(9, 30)))]
+NAMES = [f"{family}-{n}" for family, oldest in (("g++", 9), ("clang++", 13)) for n in range(oldest, 30)]
 OTHER_COMPILERS = {os.path.realpath(c): n for n in NAMES if (c := shutil.which(n))}
 OTHER_COMPILERS.pop(os.path.realpath(shutil.which("c++") or ""), None)  # which builds the package
 NOT_COPIED = (".git", ".venv", "build", "*.egg-info", "*.so", "__pycache__", ".hypothesis", ".*_cache", "runs")

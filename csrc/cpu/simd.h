@@ -227,7 +227,10 @@ SR3FAST_INLINE Floats from_f16(Words16 half) {
   return (Floats)_mm256_cvtph_ps((__m128i)half);
 #else
   const Words32 words = __builtin_convertvector(half, Words32), magnitude = words & 0x7fffu;
-  const Words32 finite = (Words32)((Floats)(magnitude << 13) * 0x1p112f);  // subnormal ones too
+  const Words32 normal = (magnitude << 13) + (112u << 23);
+  const Words32 subnormal =
+      (Words32)((Floats)(normal + (1u << 23)) - 0x1p-14f);  // exact where floats are flushed too
+  const Words32 finite = magnitude < 0x400u ? subnormal : normal;
   return (Floats)((words & 0x8000u) << 16 | (magnitude < 0x7c00u ? finite : magnitude << 13 | 0x7f800000u));
 #endif
 }
